@@ -1,0 +1,86 @@
+"""What launchers share: Triton or its absence, when to launch, layouts, facts about the chip."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TRITON_MISSING = ""
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # macOS, Windows: the references run, and the op files still import
+    TRITON_MISSING = str(error)
+
+    class _Absent:
+        """Stands for every name of Triton: as a decorator it returns the function untouched."""
+
+        def __getattr__(self, name: str) -> "_Absent":
+            return self
+
+        def __call__(self, fn: Any = None, **_: Any) -> Any:
+            return fn if callable(fn) else self
+
+    triton = tl = _Absent()
+
+_TRITON_DTYPES: dict[torch.dtype, Any] = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def interpreted() -> bool:
+    """Say whether Triton was imported in interpreter mode."""
+    return not TRITON_MISSING and bool(triton.knobs.runtime.interpret)
+
+
+def has_work(out: torch.Tensor) -> bool:
+    """Say whether a launcher that has allocated `out` must launch: there is memory, and some of it.
+
+    This makes every launcher its own shape function: on meta and fake tensors it only allocates.
+    """
+    return not out.is_meta and out.numel() > 0
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of statistics and sums over tensors of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    return _TRITON_DTYPES[dtype]
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View x (..., D) as (N, D) with unit stride along D; copy only if no view can do it."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Give x dense memory, copying only if it has none."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def sm_count(device: torch.device) -> int:
+    """The chip's multiprocessors; a few for the interpreter, so that sums have several parts."""
+    return _sm_count(device.index or 0) if device.type == "cuda" else 4
+
+
+Launcher = Callable[..., tuple]

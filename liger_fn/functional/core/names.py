@@ -1,0 +1,143 @@
+"""The names of an op: read once from the signatures of its two launchers, checked at import.
+
+    fwd(x, weight, eps)                        -> (*results, *residuals)
+    bwd(x, weight, rstd, dy, eps, need_dx, ..) -> one gradient, or None, per differentiable input
+
+What `bwd` names is what the op keeps: inputs, results and residuals by their own names, `d<result>`
+for a cotangent, `need_d<input>` for the question whether that gradient is wanted. `fwd` may ask for
+`need_d<input>` too, last, if it computes gradients ahead. Everything follows from these names: what
+is saved for the backward pass, the schemas of the two dispatcher ops, the order of every argument.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Who is who in an op; `types` maps each name to its type in a dispatcher schema."""
+
+    op: str
+    inputs: tuple[str, ...]
+    fwd: tuple[str, ...]
+    bwd: tuple[str, ...]
+    results: tuple[str, ...]
+    residuals: tuple[str, ...]
+    grads: tuple[str, ...]
+    linear: tuple[str, ...]
+    types: dict[str, str] = field(repr=False)
+
+    @property
+    def cotangents(self) -> tuple[str, ...]:
+        return tuple("d" + n for n in self.results)
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        return tuple("d" + n for n in self.grads)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple("need_d" + n for n in self.grads)
+
+    @property
+    def statics(self) -> tuple[str, ...]:
+        return tuple(n for n in self.inputs if not self.is_tensor(n))
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The inputs, results and residuals that bwd gets, in its order."""
+        known = {*self.inputs, *self.results, *self.residuals}
+        return tuple(n for n in self.bwd if n in known and self.is_tensor(n))
+
+    def is_tensor(self, name: str) -> bool:
+        return self.types[name].startswith("Tensor")
+
+    @property
+    def fwd_schema(self) -> str:
+        return self._schema(self.op, self.fwd, self.results + self.residuals)
+
+    @property
+    def bwd_schema(self) -> str:
+        return self._schema(self.op + "_bwd", self.bwd, self.gradients)
+
+    def _schema(self, op: str, takes: tuple[str, ...], gives: tuple[str, ...]) -> str:
+        # No defaults: the dispatcher drops arguments that equal them before a Python kernel sees
+        # them.
+        arguments = ", ".join(f"{self.types[n]} {n}" for n in takes)
+        return f"{op}({arguments}) -> ({', '.join('Tensor' for _ in gives)})"
+
+
+def read_names(
+    op: str, fwd: Callable, bwd: Callable, results: str, residuals: str, grads: str, linear: str
+) -> Names:
+    """Read and check the names of `op`; every mistake is a TypeError at import."""
+    annotations = {
+        n: p.annotation for n, p in inspect.signature(fwd, eval_str=True).parameters.items()
+    }
+    names = Names(
+        op=op,
+        inputs=tuple(n for n in annotations if not n.startswith("need_")),
+        fwd=tuple(annotations),
+        bwd=tuple(inspect.signature(bwd).parameters),
+        results=tuple(results.split()),
+        residuals=tuple(residuals.split()),
+        grads=tuple(grads.split()),
+        linear=tuple(linear.split()),
+        types={n: _schema_type(op, n, t) for n, t in annotations.items()},
+    )
+    names.types.update(dict.fromkeys(names.results + names.residuals, "Tensor?"))
+    names.types.update(dict.fromkeys(names.cotangents, "Tensor?"))
+    names.types.update(dict.fromkeys(names.needs, "bool"))
+    _check(names)
+    return names
+
+
+def _schema_type(op: str, name: str, annotation: Any) -> str:
+    if annotation not in _SCHEMA_TYPES:
+        raise TypeError(
+            f"custom_vjp({op}): fwd must annotate `{name}` with one of "
+            f"{', '.join(str(getattr(t, '__name__', t)) for t in _SCHEMA_TYPES)}; got {annotation}."
+        )
+    return _SCHEMA_TYPES[annotation]
+
+
+def _check(names: Names) -> None:
+    def contract(holds: bool, sentence: str) -> None:
+        if not holds:
+            raise TypeError(f"custom_vjp({names.op}): {sentence}.")
+
+    known = {*names.inputs, *names.results, *names.residuals, *names.cotangents, *names.needs}
+    for n in names.bwd:
+        contract(
+            n in known, f"bwd names `{n}`, which is no input, result, residual, cotangent or need"
+        )
+    for n in names.grads + names.linear:
+        contract(
+            n in names.inputs and names.is_tensor(n), f"`{n}` is differentiated but no tensor input"
+        )
+    for n in names.cotangents:
+        contract(n in names.bwd, f"bwd must name the cotangent `{n}`")
+    for n in names.inputs:
+        contract(
+            n in names.bwd or n in names.linear,
+            f"a second derivative needs `{n}`: bwd must name it, or the op be `linear` in it",
+        )
+    contract(
+        names.fwd == names.inputs + names.fwd[len(names.inputs) :],
+        "fwd must take its `need_` parameters last",
+    )

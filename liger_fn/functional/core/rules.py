@@ -1,0 +1,143 @@
+"""The rules that follow from declarations: vmap and DTensor from shared rows, and autocast."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_C = torch._C
+
+
+@dataclass(frozen=True)
+class RowWise:
+    """Which arguments and returns of a dispatcher op are made of independent rows.
+
+    `rows` names them, with their gradients and cotangents; all dimensions but the last `core_dims`
+    of the largest are rows. `sums` names inputs that are sums over rows in which the op is linear.
+    `made(args)` says which returns a call produces.
+    """
+
+    op: Any
+    arguments: tuple[str, ...]
+    returns: tuple[str, ...]
+    rows: frozenset[str]
+    sums: frozenset[str]
+    core_dims: int
+    made: Callable[[Sequence[Any]], Sequence[bool]]
+
+
+_unknown_to_dtensor: list[RowWise] = []
+
+
+def as_tuple(r: Any) -> tuple:
+    return tuple(r) if isinstance(r, (tuple, list)) else (r,)
+
+
+def register(declared: RowWise, lib: torch.library.Library) -> None:
+    """Register the vmap rule of an op now, and its DTensor strategies once DTensor is imported."""
+    torch.library.register_vmap(declared.op, _vmap_rule(declared), lib=lib)
+    _unknown_to_dtensor.append(declared)
+
+
+def _vmap_rule(d: RowWise) -> Callable:
+    def rule(info, dims, *args):
+        batched = {n for n, dim in zip(d.arguments, dims, strict=True) if dim is not None}
+        wanted = {n for n, made in zip(d.returns, d.made(args), strict=True) if made}
+        if batched | wanted <= d.rows:
+            out = as_tuple(d.op(*_with_batch_as_rows(d, info.batch_size, dims, args)))
+        else:
+            out = _one_call_per_sample(d, info.batch_size, dims, args)
+        out_dims = tuple(None if t is None else 0 for t in out)
+        return (out, out_dims) if len(out) > 1 else (out[0], out_dims[0])
+
+    return rule
+
+
+def _with_batch_as_rows(d: RowWise, size: int, dims, args) -> list:
+    def lead(name, x, dim):
+        if name not in d.rows or x is None:
+            return x
+        return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    return [lead(*each) for each in zip(d.arguments, args, dims, strict=True)]
+
+
+def _one_call_per_sample(d: RowWise, size: int, dims, args) -> tuple:
+    calls = [
+        as_tuple(
+            d.op(
+                *(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True))
+            )
+        )
+        for i in range(size)
+    ]
+    return tuple(
+        None if parts[0] is None else torch.stack(parts) for parts in zip(*calls, strict=True)
+    )
+
+
+def sync_dtensor() -> None:
+    """Tell DTensor, once it is imported, how the ops shard."""
+    if not _unknown_to_dtensor or "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor.experimental import register_sharding
+
+    while _unknown_to_dtensor:
+        declared = _unknown_to_dtensor.pop()
+        register_sharding(declared.op)(_sharding_rule(declared))
+
+
+def _sharding_rule(d: RowWise) -> Callable:
+    """Rows shard together; other inputs replicate; other outputs are partial sums."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    def placed(specs, row, total) -> tuple[list, list]:
+        outs = [
+            (row if n in d.rows else total) if made else None
+            for n, made in zip(d.returns, d.made(specs), strict=True)
+        ]
+        ins = [
+            (row if n in d.rows else total if n in d.sums else Replicate())
+            if hasattr(s, "ndim")
+            else None
+            for n, s in zip(d.arguments, specs, strict=True)
+        ]
+        return outs, ins
+
+    def strategies(*specs):
+        row_dims = [
+            s.ndim
+            for n, s in zip(d.arguments, specs, strict=True)
+            if n in d.rows and hasattr(s, "ndim")
+        ]
+        shards = max(row_dims, default=d.core_dims) - d.core_dims
+        return [placed(specs, Replicate(), Replicate())] + [
+            placed(specs, Shard(i), Partial()) for i in range(shards)
+        ]
+
+    return strategies
+
+
+def _casts(x: torch.Tensor | None) -> bool:
+    """Autocast leaves integers and float64 alone, as for PyTorch's own ops."""
+    return x is not None and x.is_floating_point() and x.dtype is not torch.float64
+
+
+def autocast(op, schema_name: str, arguments: tuple[str, ...], cast: set[str], lib) -> None:
+    """Under autocast, cast the inputs named in `cast` to the autocast dtype."""
+    for device in ("cuda", "cpu") if cast else ():
+        key = _C.DispatchKeySet(getattr(_C.DispatchKey, f"Autocast{device.upper()}"))
+
+        def kernel(keyset, *args, device=device, key=key):
+            dtype = torch.get_autocast_dtype(device)
+            with _C._ExcludeDispatchKeyGuard(key):
+                return op(
+                    *(
+                        x.to(dtype) if n in cast and _casts(x) else x
+                        for n, x in zip(arguments, args, strict=True)
+                    )
+                )
+
+        lib.impl(schema_name, kernel, f"Autocast{device.upper()}", with_keyset=True)

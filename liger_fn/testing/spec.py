@@ -1,0 +1,123 @@
+"""What an op declares once; tests, `verify`, offline compilation and benchmarks follow from it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+
+
+@dataclass
+class Draw:
+    """Draws the tensors of one call from a seed, on one device, in one dtype."""
+
+    device: torch.device | str
+    dtype: torch.dtype
+    seed: int = 0
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Always drawn on the CPU, so that every device sees the same numbers.
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        t = torch.randn(shape, generator=self._generator, dtype=torch.float32) * scale
+        return t.to(device=self.device, dtype=dtype or self.dtype)
+
+    def uniform(self, *shape: int, high: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        t = torch.rand(shape, generator=self._generator, dtype=torch.float32) * high
+        return t.to(device=self.device, dtype=dtype or self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self._generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: `make(draw)` gives every argument by name."""
+
+    id: str
+    make: Callable[[Draw], Arguments]
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A call that must fail: with this error, and with a sentence that contains this text."""
+
+    id: str
+    make: Callable[[Draw], Arguments]
+    error: type[Exception]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel as a launcher would compile it, for a chip that need not be here.
+
+    `signature` maps each runtime argument to Triton's type ("*bf16", "i32", "fp32"); `constants`
+    the rest.
+    """
+
+    id: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One shape to time: `bytes_*` are the least that must move, `flops_*` the matrix work."""
+
+    id: str
+    make: Callable[[Draw], Arguments]
+    bytes_fwd: int = 0
+    bytes_bwd: int = 0
+    flops_fwd: int = 0
+    flops_bwd: int = 0
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op and the facts that its author states; the suite knows what must follow.
+
+    Attributes:
+        op, reference: functions with one signature.
+        grads: the arguments that the op differentiates.
+        baseline: the same in PyTorch's own ops in the inputs' dtype: its error against float64 is
+            the measure of ours. Default: the reference.
+        cases: small calls, each put under every property; the first also under the transforms,
+            which are slow.
+        sizes: larger, ragged, empty and odd calls, for accuracy alone.
+        rows: the arguments over which vmap must give the reference's answer when it maps their
+            first dimension.
+        slack: how much more error than the baseline is allowed, per dtype; each with its reason
+            beside it.
+        autocast: whether autocast casts the inputs (of a float32 call) or leaves them alone.
+    """
+
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    grads: tuple[str, ...]
+    cases: tuple[Case, ...]
+    sizes: tuple[Case, ...] = ()
+    rows: tuple[str, ...] = ()
+    baseline: Callable[..., Any] | None = None
+    slack: Mapping[torch.dtype, float] = field(default_factory=dict)
+    errors: tuple[BadCall, ...] = ()
+    kernels: Callable[[], Sequence[Compilation]] = tuple
+    benchmarks: tuple[Benchmark, ...] = ()
+    autocast: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.op.__name__
+
+
+def results(out: Any) -> tuple[Tensor, ...]:
+    """The tensors that a call returns, always as a tuple."""
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)

@@ -1,0 +1,52 @@
+"""What every test stands on: the interpreter where there is no GPU, one thread, seeds, and NaN in
+memory that nobody has written yet."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Read when torch is imported; pytest-xdist runs one worker per core already.
+for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")
+# cuBLAS keeps its order of summation only with a workspace of its own.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# No test asks the network, opens a window, or warns about forked tokenizers.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+# Triton reads this when it is imported, and decides once for the process.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """Fill what `torch.empty` and its kin return with NaN (the largest value for integers).
+
+    A kernel that leaves an element unwritten, or reads one before it is written, then shows it.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device that kernels run on here: the GPU, or the CPU through the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
