@@ -4,7 +4,20 @@ Sizes: B batch, T tokens, N rows, D features, F MLP width, V vocabulary, H heads
 K key-value heads, C head width (or rows per chunk beside V), R rotated features.
 """
 
+from liger_fn.functional.activation.geglu import geglu
+from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
+from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
+from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.norm.rms_norm import rms_norm
+from liger_fn.functional.position.rope import rope
 
-__all__ = ["rms_norm", "using"]
+__all__ = [
+    "cross_entropy",
+    "fused_linear_cross_entropy",
+    "geglu",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "using",
+]

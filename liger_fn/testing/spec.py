@@ -93,11 +93,12 @@ class OpSpec:
         cases: small calls, each put under every property; the first also under the transforms,
             which are slow.
         sizes: larger, ragged, empty and odd calls, for accuracy alone.
-        rows: the arguments over which vmap must give the reference's answer when it maps their
-            first dimension.
+        rows: the arguments that share rows. vmap must give the reference's answer when it maps a
+            new dimension of any or all of them; in the first case their first sizes may be any number.
         slack: how much more error than the baseline is allowed, per dtype; each with its reason
             beside it.
         autocast: whether autocast casts the inputs (of a float32 call) or leaves them alone.
+        huge: a call whose `rows` pass 2^31 elements, with results by row, for GPUs that hold it.
     """
 
     op: Callable[..., Any]
@@ -112,6 +113,7 @@ class OpSpec:
     kernels: Callable[[], Sequence[Compilation]] = tuple
     benchmarks: tuple[Benchmark, ...] = ()
     autocast: bool = False
+    huge: Case | None = None
 
     @property
     def name(self) -> str:

@@ -102,14 +102,20 @@ def _entry(op: "_Op", casts: bool) -> Callable:
     no_needs = (False,) * len(op.fwd_needs)
     fwd, fwd_op, apply, reference = op.fwd, op.fwd_op, op.apply, op.reference_fwd
     results = op.results
+    returns_one = len(op.names.results + op.names.residuals) == 1
+
+    def dispatched(*args):
+        # Not by as_tuple: to symbolic tracing the returns are one proxy.
+        out = fwd_op(*args)
+        return out if returns_one else results(out)
 
     def call(*args):
         args += no_needs
         if is_compiling():
-            return results(as_tuple(fwd_op(*args)))
+            return dispatched(*args)
         if _watched(args) or args[0].is_meta or (casts and _autocast_active()):
             rules.sync_dtensor()
-            return results(as_tuple(fwd_op(*args)))
+            return dispatched(*args)
         if not kernels_on(args[0]):
             return results(reference(*args))
         if _grad_enabled() and _any_requires_grad(*args):

@@ -2,7 +2,7 @@
 
 import importlib
 
-OPS = ("rms_norm",)
+OPS = ("cross_entropy", "fused_linear_cross_entropy", "geglu", "rms_norm", "rope", "swiglu")
 
 
 def specs():

@@ -1,5 +1,7 @@
 """Facts about rms_norm."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 import triton.language as tl
@@ -33,48 +35,38 @@ def benchmark(N: int, D: int) -> Benchmark:
     )
 
 
+_FLOATS = {"rstd_ptr": "*fp32", "part_ptr": "*fp32", "offset": "fp32"}
+
+
+def compilation(id: str, kernel, num_warps: int, **constants) -> Compilation:
+    """A kernel on bfloat16 tensors; sizes and strides fit 32 bits."""
+    runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
+    signature = {n: _FLOATS.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in runtime}
+    return Compilation(id, kernel, signature, constants, num_warps)
+
+
 def kernels() -> list[Compilation]:
-    bf16, f32, i32 = "*bf16", "*fp32", "i32"
-    flags = {"HAS_WEIGHT": True, "COMPUTE": tl.float32}
+    compute = {"COMPUTE": tl.float32}
+    weighted = {"HAS_WEIGHT": True, **compute}
     out = []
     for D in (128, 2048, 4096, 5120, 8192, 16384, 65536):
         wide = D > room._WIDEST_FWD
-        config = room._rms_norm_fwd_config(D)
-        warps = config.pop("num_warps")
-        signature = {
-            "x_ptr": bf16,
-            "weight_ptr": bf16,
-            "y_ptr": bf16,
-            "rstd_ptr": f32,
-            "x_stride_n": i32,
-        }
-        signature |= ({} if wide else {"N": i32}) | {"D": i32, "offset": "fp32"}
         kernel = room._rms_norm_fwd_wide_kernel if wide else room._rms_norm_fwd_kernel
-        out.append(
-            Compilation(
-                f"fwd-{D}",
-                kernel,
-                signature,
-                {"EPS": 1e-6, "CAST": False, **flags, **config},
-                warps,
-            )
-        )
+        config = {"EPS": 1e-6, "CAST": False, **weighted, **room._rms_norm_fwd_config(D)}
+        out.append(compilation(f"fwd-{D}", kernel, **config))
     for D in (128, 2048, 4096, 5120, 8192):
-        config = room._rms_norm_bwd_config(D)
-        warps = config.pop("num_warps")
-        pointers = {
-            "x_ptr": bf16,
-            "weight_ptr": bf16,
-            "rstd_ptr": f32,
-            "dy_ptr": bf16,
-            "dx_ptr": bf16,
-            "part_ptr": f32,
-        }
-        signature = pointers | dict.fromkeys(("x_stride_n", "dy_stride_n", "N", "D", "strip"), i32)
-        signature |= {"offset": "fp32"}
-        constants = {"NEED_DX": True, "NEED_DWEIGHT": True, **flags, **config}
-        out.append(Compilation(f"bwd-{D}", room._rms_norm_bwd_kernel, signature, constants, warps))
-    return out
+        config = {"NEED_DX": True, "NEED_DWEIGHT": True, **weighted, **room._rms_norm_bwd_config(D)}
+        out.append(compilation(f"bwd-{D}", room._rms_norm_bwd_kernel, **config))
+    wide_dx, wide_dweight = (
+        room._rms_norm_bwd_wide_dx_kernel,
+        room._rms_norm_bwd_wide_dweight_kernel,
+    )
+    return [
+        *out,
+        compilation("bwd-wide-dx", wide_dx, 8, **weighted, BLOCK_D=4096),
+        compilation("bwd-wide-dweight", wide_dweight, 4, **compute, BLOCK_N=8, BLOCK_D=256),
+        compilation("sum-parts", room._sum_parts_kernel, 4, BLOCK_P=64, BLOCK_D=32),
+    ]
 
 
 SPEC = OpSpec(

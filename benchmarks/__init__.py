@@ -1,0 +1,1 @@
+"""Measures every op against its peers: `python -m benchmarks --help`."""

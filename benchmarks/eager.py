@@ -1,0 +1,71 @@
+"""Every op as Hugging Face's models write it: what a model runs when nobody patches it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor:
+    """LlamaRMSNorm; with an offset, GemmaRMSNorm, which multiplies before it rounds."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (h * (offset + weight.float())).type_as(x)
+    return weight * h.to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    gate, up = halves(gate, up)
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
+    gate, up = halves(gate, up)
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Llama's `apply_rotary_pos_emb`."""
+    cos, sin = (t[..., None, :, :] for t in (cos, sin))
+    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`ForCausalLMLoss`, which makes a float32 copy of the logits first."""
+    return F.cross_entropy(
+        logits.float(),
+        target,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def fused_linear_cross_entropy(
+    weight: Tensor, x: Tensor, y: Tensor, *, bias: Tensor | None = None, **options
+) -> Tensor:
+    return cross_entropy(F.linear(x, weight, bias), y, **options)
+
+
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gate and up, also where both lie in one tensor."""
+    return tuple(gate.chunk(2, -1)) if up is None else (gate, up)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)

@@ -1,0 +1,89 @@
+"""Plots from committed CSV files: what a plot shows can be read, and measured again."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import Row, latest, read
+
+_OURS = "#d1495b"
+_OTHERS = ("#30638e", "#7fa6c9", "#00798c", "#5fb0ba", "#8a8d91", "#b5b8bc", "#66a182", "#a8cdb5")
+_LABELS = {
+    "floor": "share of the floor (the device's limit is 100 %)",
+    "ms": "milliseconds of host time a call",
+    "peak_mib": "peak memory above the inputs, MiB",
+}
+
+
+def plot_files(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Draw every op and mode of committed files into `folder`; return what was written."""
+    for path in paths:
+        _require_committed(path)
+    return plot([row for path in paths for row in read(path)], folder)
+
+
+def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in latest(rows):
+        if row.status == "ok":
+            groups.setdefault((row.device, row.op, row.mode), []).append(row)
+    drawn = (_draw(key, group, folder) for key, group in groups.items())
+    return [path for path in drawn if path is not None]
+
+
+def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    device, op, mode = key
+    quantity = "peak_mib" if mode == "memory" else "ms" if mode.startswith("host") else "floor"
+    rows = [r for r in rows if getattr(r, quantity) is not None]
+    if not rows:
+        return None
+    shapes = list(dict.fromkeys(r.shape for r in rows))
+    providers = list(dict.fromkeys(r.provider for r in rows))
+    value = {(r.shape, r.provider): getattr(r, quantity) for r in rows}
+    others = iter(_OTHERS * len(providers))
+
+    figure, axes = pyplot.subplots(
+        figsize=(max(6.0, 1.2 + 1.9 * len(shapes)), 3.6), layout="constrained"
+    )
+    width = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
+        at = [s + (i - (len(providers) - 1) / 2) * width for s in range(len(shapes))]
+        heights = [value.get((shape, provider), 0.0) for shape in shapes]
+        color = _OURS if provider == "liger_fn" else next(others)
+        axes.bar(at, heights, width * 0.92, label=provider, color=color)
+    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_ylabel(_LABELS[quantity], fontsize=8)
+    axes.set_title(f"{op}, {mode}: {device}", fontsize=10, loc="left")
+    if quantity == "floor":
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        loc="outside lower center", ncols=min(8, len(providers)), frameon=False, fontsize=8
+    )
+
+    path = folder / "-".join((device.replace(" ", "_"), op, mode + ".png"))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _require_committed(path: Path) -> None:
+    """Raise ValueError unless git holds the file just as it is."""
+    try:
+        git = ("git", "-C", str(path.parent))
+        subprocess.run(
+            (*git, "ls-files", "--error-unmatch", path.name), check=True, capture_output=True
+        )
+        subprocess.run(
+            (*git, "diff", "--quiet", "HEAD", "--", path.name), check=True, capture_output=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError(
+            f"{path} is not committed as it is; plots are made from committed results."
+        ) from None

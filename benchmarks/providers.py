@@ -1,0 +1,414 @@
+"""The peers, each behind our op's own signature, so that one call measures them all.
+
+A method named after an op returns the function to measure: it imports the peer once and passes our
+arguments on. What that function does not take, the peer cannot do. Where a peer holds several
+kernels for one op, the provider says which of them runs.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import eager
+from liger_fn import functional
+
+
+class Provider:
+    """Somebody's implementation of some of the ops.
+
+    Attributes:
+        name: what `--providers` and the tables call it.
+        packages: the distributions whose versions decide what is measured.
+        modules: what must be importable.
+        install: how to get it.
+        needs_gpu: whether it has no path for the CPU.
+    """
+
+    name = ""
+    packages: tuple[str, ...] = ("torch",)
+    modules: tuple[str, ...] = ()
+    install = ""
+    needs_gpu = True
+
+    def call(self, op: str) -> Callable[..., Any] | None:
+        """The function to measure, or None where the peer has no such op."""
+        make = getattr(self, op, None)
+        return make() if make else None
+
+    def missing(self, device: torch.device) -> str:
+        """Say why the provider cannot run here; the empty string if it can."""
+        if self.needs_gpu and device.type != "cuda":
+            return "needs a GPU"
+        for module in self.modules:
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # a peer may fail on import in ways of its own
+                return f"{module} cannot be imported ({first_line(error)}); {self.install}"
+        return ""
+
+    def version(self) -> str:
+        return " ".join(f"{p} {_version(p)}" for p in self.packages)
+
+
+class Eager(Provider):
+    name = "eager"
+    needs_gpu = False
+
+    def call(self, op):
+        return getattr(eager, op, None)
+
+
+class Compiled(Provider):
+    """`torch.compile` of what Hugging Face writes."""
+
+    name = "compile"
+
+    def call(self, op):
+        function = getattr(eager, op, None)
+        if function is None:
+            return None
+        # What an earlier shape taught the compiler would otherwise make this one dynamic.
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+
+class Torch(Provider):
+    """PyTorch's own op."""
+
+    name = "torch"
+    needs_gpu = False
+
+    def rms_norm(self):
+        return lambda x, weight=None, *, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def cross_entropy(self):
+        def call(logits, target, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+            return F.cross_entropy(
+                logits, target, None, None, ignore_index, None, reduction, label_smoothing
+            )
+
+        return call
+
+    def fused_linear_cross_entropy(self):
+        cross_entropy = self.cross_entropy()
+
+        def call(weight, x, y, *, bias=None, **options):
+            return cross_entropy(F.linear(x, weight, bias), y, **options)
+
+        return call
+
+
+class Ours(Provider):
+    name = "liger_fn"
+    packages = ("liger_fn",)
+    needs_gpu = False
+
+    def call(self, op):
+        return getattr(functional, op, None)
+
+    def version(self):
+        from liger_fn import __version__
+
+        return f"liger_fn {__version__}"
+
+
+class Liger(Provider):
+    """liger-kernel's Triton kernels, which `liger_kernel.transformers.functional` always runs."""
+
+    name = "liger"
+    packages = ("liger-kernel",)
+    modules = ("liger_kernel.transformers.functional",)
+    install = "pip install liger-kernel"
+    chunks = 1
+
+    def missing(self, device):
+        if "LIGER_KERNEL_IMPL" in os.environ:
+            return "LIGER_KERNEL_IMPL is set, which replaces its Triton kernels; unset it"
+        return super().missing(device)
+
+    def rms_norm(self):
+        from liger_kernel.transformers.functional import liger_rms_norm
+
+        def call(x, weight, *, eps=1e-6, offset=0.0, cast_before_weight=False):
+            return liger_rms_norm(x, weight, eps, offset, "gemma" if offset else "llama")
+
+        return call
+
+    def swiglu(self):
+        from liger_kernel.transformers.functional import liger_swiglu
+
+        return lambda gate, up=None: liger_swiglu(*eager.halves(gate, up))
+
+    def geglu(self):
+        from liger_kernel.transformers.functional import liger_geglu
+
+        return _tanh_only(lambda gate, up=None: liger_geglu(*eager.halves(gate, up)))
+
+    def rope(self):
+        from liger_kernel.transformers.functional import liger_rope
+
+        return lambda q, k, cos, sin: liger_rope(q, k, cos, sin)
+
+    def cross_entropy(self):
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        def call(logits, target, *, z_loss=0.0, **options):
+            return liger_cross_entropy(logits, target, lse_square_scale=z_loss, **options)
+
+        return call
+
+    def fused_linear_cross_entropy(self):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        def call(weight, x, y, *, bias=None, z_loss=0.0, **options):
+            return liger_fused_linear_cross_entropy(
+                x, weight, y, bias, lse_square_scale=z_loss, chunk_mem_const=self.chunks, **options
+            )
+
+        return call
+
+
+class LigerLargeChunks(Provider):
+    """The same with sixteen times the default budget for logits: its fastest setting."""
+
+    name = "liger-c16"
+    packages, modules, install = Liger.packages, Liger.modules, Liger.install
+    chunks = 16
+    fused_linear_cross_entropy = Liger.fused_linear_cross_entropy
+
+
+class LigerCute(Provider):
+    """liger-kernel's CuTe kernels, asked for by name.
+
+    Its dispatcher takes them by itself on Hopper as soon as `cutlass.cute` can be imported, except
+    for `cross_entropy`, where it prefers Triton.
+    """
+
+    name = "liger-cute"
+    packages = ("liger-kernel", "nvidia-cutlass-dsl")
+    modules = ("cutlass.cute", "liger_kernel.functional")
+    install = "pip install 'liger-kernel[cutedsl]'"
+    kernels = "nvidia-cutedsl"
+
+    def rms_norm(self):
+        from liger_kernel.functional import rms_norm
+
+        def call(x, weight, *, eps=1e-6, offset=0.0, cast_before_weight=False):
+            mode = "gemma" if offset else "llama"
+            return rms_norm(x, weight, eps, offset=offset, casting_mode=mode, impl=self.kernels)
+
+        return call
+
+    def swiglu(self):
+        from liger_kernel.functional import swiglu
+
+        return lambda gate, up=None: swiglu(*eager.halves(gate, up), impl=self.kernels)
+
+    def geglu(self):
+        from liger_kernel.functional import geglu
+
+        return _tanh_only(lambda gate, up=None: geglu(*eager.halves(gate, up), impl=self.kernels))
+
+    def rope(self):
+        from liger_kernel.functional import rope
+
+        return lambda q, k, cos, sin: rope(q, k, cos, sin, impl=self.kernels)
+
+    def cross_entropy(self):
+        from liger_kernel.functional import cross_entropy
+
+        def call(logits, target, *, z_loss=0.0, **options):
+            return cross_entropy(
+                logits, target, lse_square_scale=z_loss, impl=self.kernels, **options
+            )[0]
+
+        return call
+
+    def fused_linear_cross_entropy(self):
+        from liger_kernel.functional import fused_linear_cross_entropy
+
+        def call(weight, x, y, *, bias=None, z_loss=0.0, **options):
+            return fused_linear_cross_entropy(
+                x, weight, y, bias, lse_square_scale=z_loss, impl=self.kernels, **options
+            )[0]
+
+        return call
+
+
+class LigerHopper(Provider):
+    """liger-kernel's Hopper kernels that hold all logits (6NHV)."""
+
+    name = "liger-sm90"
+    packages, modules, install = LigerCute.packages, LigerCute.modules, LigerCute.install
+
+    def fused_linear_cross_entropy(self):
+        from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+            liger_fused_linear_cross_entropy_sm90,
+        )
+
+        def call(weight, x, y, *, ignore_index=-100, reduction="mean"):
+            return liger_fused_linear_cross_entropy_sm90(x, weight, y, ignore_index, reduction)
+
+        return call
+
+
+class LigerHopperRecompute(Provider):
+    """liger-kernel's Hopper kernels that hold no logits and compute them twice (8NHV)."""
+
+    name = "liger-sm90-8"
+    packages, modules, install = LigerCute.packages, LigerCute.modules, LigerCute.install
+
+    def fused_linear_cross_entropy(self):
+        from liger_kernel.ops.cutedsl.ops import LigerFusedScaledCrossEntropySM90Function as op
+
+        def call(weight, x, y, *, ignore_index=-100):
+            losses = op.apply(x, weight, y, 1.0, ignore_index)
+            return losses.sum() / (y != ignore_index).sum()
+
+        return call
+
+
+class CutCrossEntropy(Provider):
+    """Apple's, which by default leaves out gradients that bf16 would hardly show."""
+
+    name = "cce"
+    packages = ("cut-cross-entropy",)
+    modules = ("cut_cross_entropy",)
+    install = "pip install cut-cross-entropy"
+    filter: str | None = "high"
+
+    def fused_linear_cross_entropy(self):
+        from cut_cross_entropy import linear_cross_entropy
+
+        def call(weight, x, y, *, ignore_index=-100, reduction="mean", softcap=None):
+            return linear_cross_entropy(
+                x, weight, y, ignore_index, softcap, reduction, filter_eps=self.filter
+            )
+
+        return call
+
+
+class CutCrossEntropyExact(CutCrossEntropy):
+    """The same, leaving nothing out."""
+
+    name = "cce-exact"
+    filter = None
+
+
+class Quack(Provider):
+    """quack-kernels; its linear cross entropy picks the scaled-exp path by itself on Hopper."""
+
+    name = "quack"
+    packages = ("quack-kernels", "nvidia-cutlass-dsl")
+    modules = ("quack",)
+    install = "pip install 'quack-kernels[cu13]'"
+    scaled_exp: bool | None = None
+
+    def rms_norm(self):
+        from quack import rmsnorm
+
+        def call(x, weight=None, *, eps=1e-6, offset=0.0, cast_before_weight=False):
+            return rmsnorm(x, weight, eps=eps, weight_offset=offset)
+
+        return call
+
+    def rope(self):
+        from quack.rotary import apply_rotary_emb
+
+        def call(q, k, cos, sin):
+            # quack wants one angle per pair, one table for the batch, and heads after tokens.
+            cos, sin = (t.reshape(t.shape[-2:])[:, : q.shape[-1] // 2] for t in (cos, sin))
+            return tuple(
+                apply_rotary_emb(t.transpose(1, 2), cos, sin).transpose(1, 2) for t in (q, k)
+            )
+
+        return call
+
+    def cross_entropy(self):
+        from quack.cross_entropy import cross_entropy
+
+        def call(logits, target, *, ignore_index=-100, reduction="mean"):
+            return cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+
+        return call
+
+    def fused_linear_cross_entropy(self):
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        def call(weight, x, y, *, ignore_index=-100, reduction="mean"):
+            return chunked_linear_cross_entropy(
+                x,
+                weight,
+                y,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                use_scaled_exp=self.scaled_exp,
+            )
+
+        return call
+
+
+class QuackBase(Provider):
+    """quack's linear cross entropy on every other chip: it first tries many matrix kernels."""
+
+    name = "quack-base"
+    packages, modules, install = Quack.packages, Quack.modules, Quack.install
+    scaled_exp = False
+    fused_linear_cross_entropy = Quack.fused_linear_cross_entropy
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Eager(),
+        Torch(),
+        Compiled(),
+        Liger(),
+        LigerLargeChunks(),
+        LigerCute(),
+        LigerHopper(),
+        LigerHopperRecompute(),
+        CutCrossEntropy(),
+        CutCrossEntropyExact(),
+        Quack(),
+        QuackBase(),
+        Ours(),
+    )
+}
+
+
+def refusal(call: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    """Say which argument the peer does not take; the empty string if it takes them all."""
+    try:
+        inspect.signature(call).bind(**arguments)
+    except TypeError as error:
+        return first_line(error)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+
+
+def _tanh_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(gate, up=None, *, approximate="tanh"):
+        if approximate != "tanh":
+            raise NotImplementedError("only the tanh approximation")
+        return function(gate, up)
+
+    return call
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

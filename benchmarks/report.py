@@ -1,0 +1,159 @@
+"""What was measured: one row each, appended to a CSV file, and printed as a table."""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one mode of one case.
+
+    Attributes:
+        status: "ok", "wrong" (its answer is), "cannot" (it has no such option) or "failed".
+        ms: the median; blank unless the answer is right.
+        spread: the distance between the quartiles over the median.
+        floor: the share of the floor: the least possible time over `ms`.
+        peak_mib: what a call holds at most above its inputs.
+        error: the largest relative error of a result or gradient, in norm, against float64.
+        first_s: the first call, which compiles.
+        copy_gb_s, matrix_tflop_s: the ceilings that the floor stands on, measured in this run.
+        overwrites: how many arguments and cotangents the provider writes into; what was there is
+            put back outside of the timing.
+        note: why there is no time, or which part has the largest error.
+    """
+
+    op: str
+    shape: str
+    mode: str
+    dtype: str
+    provider: str
+    status: str
+    ms: float | None = None
+    spread: float | None = None
+    floor: float | None = None
+    peak_mib: float | None = None
+    error: float | None = None
+    repeats: int | None = None
+    first_s: float | None = None
+    overwrites: int | None = None
+    note: str = ""
+    version: str = ""
+    device: str = ""
+    copy_gb_s: float | None = None
+    matrix_tflop_s: float | None = None
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+COLUMNS = tuple(f.name for f in fields(Row))
+_NUMBERS = {f.name for f in fields(Row) if f.type not in (str, "str")}
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file, and the header to a new one; a file of other columns is left alone."""
+    check_columns(path)
+    new = not path.exists() or path.stat().st_size == 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({n: _text(value) for n, value in asdict(row).items()} for row in rows)
+
+
+def check_columns(path: Path) -> None:
+    """Raise ValueError if the file exists with other columns than ours."""
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = tuple(next(csv.reader(file), ()))
+        if header != COLUMNS:
+            raise ValueError(
+                f"{path} has other columns than this program writes; name another file."
+            )
+
+
+def read(path: Path) -> list[Row]:
+    check_columns(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Row(**{n: _value(n, t) for n, t in line.items()}) for line in csv.DictReader(file)]
+
+
+def _text(value: object) -> object:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _value(name: str, text: str) -> str | float | None:
+    if name not in _NUMBERS:
+        return text
+    return float(text) if text else None
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows about the same thing the last one, in the order in which each first came."""
+    kept = {(r.device, r.op, r.shape, r.mode, r.dtype, r.provider): r for r in rows}
+    return list(kept.values())
+
+
+def tables(rows: Sequence[Row], bold: bool = False) -> str:
+    """One table per op and mode: shapes x providers. The best of a shape has a star."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.mode), []).append(row)
+    return "\n\n".join(_table(*key, group, bold) for key, group in groups.items())
+
+
+def best(rows: Iterable[Row], quantity: str) -> Row | None:
+    """The right answer with the least of a quantity."""
+    right = [r for r in rows if r.status == "ok" and getattr(r, quantity) is not None]
+    return min(right, key=lambda r: getattr(r, quantity), default=None)
+
+
+def _table(op: str, mode: str, rows: list[Row], bold: bool) -> str:
+    quantity = "peak_mib" if mode == "memory" else "ms"
+    providers = list(dict.fromkeys(r.provider for r in rows))
+    lines = [["", *providers]]
+    for shape in dict.fromkeys(r.shape for r in rows):
+        of_shape = {r.provider: r for r in rows if r.shape == shape}
+        first = best(of_shape.values(), quantity)
+        cells = [_cell(of_shape.get(p), quantity, of_shape.get(p) is first) for p in providers]
+        lines.append([shape, *cells])
+    unit = "MiB above the inputs" if mode == "memory" else "ms, share of the floor"
+    if mode.startswith("host"):
+        unit = "ms of host time a call"
+    return f"{op}, {mode} ({unit})\n" + _columns(lines, bold)
+
+
+def _cell(row: Row | None, quantity: str, first: bool) -> str:
+    if row is None:
+        return "-"
+    value = getattr(row, quantity)
+    if row.status != "ok" or value is None:
+        return row.status if row.status != "ok" else "-"
+    text = significant(value)
+    if quantity == "ms" and row.floor is not None:
+        text += f" {row.floor:4.0%}"
+    return text + ("*" if first else " ")
+
+
+def significant(value: float) -> str:
+    """Four digits that count, and no exponent."""
+    if not value:
+        return "0"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _columns(lines: list[list[str]], bold: bool) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    out = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        for text, width in zip(line[1:], widths[1:], strict=True):
+            padded = text.rjust(width)
+            cells.append(f"\033[1m{padded}\033[0m" if bold and text.endswith("*") else padded)
+        out.append("  ".join(cells).rstrip())
+    return "\n".join(out)

@@ -1,0 +1,26 @@
+"""Calls so small that nobody waits for the device: they show what a call costs the host."""
+
+from liger_fn.testing.spec import Benchmark, OpSpec
+
+_TINY = {
+    "rms_norm": lambda d: {"x": d.normal(16, 1024), "weight": d.normal(1024)},
+    "swiglu": lambda d: {"gate": d.normal(16, 1024), "up": d.normal(16, 1024)},
+    "geglu": lambda d: {"gate": d.normal(16, 1024), "up": d.normal(16, 1024)},
+    "rope": lambda d: {
+        "q": d.normal(1, 16, 8, 64).transpose(1, 2),
+        "k": d.normal(1, 16, 2, 64).transpose(1, 2),
+        "cos": d.uniform(1, 16, 32).repeat(1, 1, 2),
+        "sin": d.uniform(1, 16, 32).repeat(1, 1, 2),
+    },
+    "cross_entropy": lambda d: {"logits": d.normal(16, 1024), "target": d.integers(1024, 16)},
+    "fused_linear_cross_entropy": lambda d: {
+        "weight": d.normal(1024, 128, scale=0.1),
+        "x": d.normal(128, 128),
+        "y": d.integers(1024, 128),
+    },
+}
+
+
+def tiny(spec: OpSpec) -> Benchmark:
+    """The op's tiny call; of an op that has none here, the first case of its tests."""
+    return Benchmark("tiny", _TINY.get(spec.name, spec.cases[0].make))

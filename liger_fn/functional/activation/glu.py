@@ -1,0 +1,193 @@
+"""The kernels of all gated linear units: elementwise, with the activation as a constant.
+
+    y     = act(gate) · up
+    dgate = dy · up · act′(gate)          dup = dy · act(gate)
+
+`act` is silu, or gelu in its tanh or erf form. Memory traffic in bytes per element of a 2-byte y:
+6 forward (read gate and up, write y), 10 backward (read gate, up and dy, write dgate and dup). Only
+gate and up are kept: the activation is computed again, for arithmetic is free beside the memory.
+
+`gate` may be packed, (..., 2F): gate first, then up. Both are read where they lie, and the backward
+pass writes one packed gradient.
+"""
+
+from torch import Tensor
+
+from liger_fn.functional.core import check
+from liger_fn.functional.core.launch import (
+    accumulator,
+    as_rows,
+    cdiv,
+    dense_like,
+    has_work,
+    next_power_of_2,
+    tl,
+    triton,
+    triton_dtype,
+)
+
+
+@triton.jit
+def _sigmoid(x):
+    # For x below -88 exp gives infinity, and 1/∞ the right 0.
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _cdf_tanh(x):
+    """Give Φ(x) ≈ (1 + tanh(u)) / 2 = σ(2u), u = √(2/π)·(x + 0.044715·x³), and its derivative."""
+    TWICE_SQRT_2_OVER_PI: tl.constexpr = 1.5957691216057308
+    # Both are constant beyond 50, where x² of the largest numbers would overflow and give 0 · ∞.
+    x = tl.minimum(tl.maximum(x, -50.0), 50.0)
+    cdf = _sigmoid(TWICE_SQRT_2_OVER_PI * x * (1.0 + 0.044715 * x * x))
+    return cdf, cdf * (1.0 - cdf) * (TWICE_SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * x * x))
+
+
+@triton.jit
+def _cdf_erf(x):
+    """Give Φ(x) = (1 + erf(x/√2)) / 2, and its derivative."""
+    SQRT_HALF: tl.constexpr = 0.7071067811865476
+    ONE_OVER_SQRT_2_PI: tl.constexpr = 0.3989422804014327
+    return 0.5 * (1.0 + tl.erf(x * SQRT_HALF)), ONE_OVER_SQRT_2_PI * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """Give act(x) = x · s(x), and its derivative s(x) + x · s′(x)."""
+    if ACTIVATION == "silu":
+        s = _sigmoid(x)
+        ds = s * (1.0 - s)
+    elif ACTIVATION == "gelu_tanh":
+        s, ds = _cdf_tanh(x)
+    else:
+        s, ds = _cdf_erf(x)
+    return x * s, s + x * ds
+
+
+@triton.jit
+def _tile(N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Give the rows and columns of this program; neighbours share rows: streams are long."""
+    tiles = tl.cdiv(F, BLOCK_F)
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = (program % tiles) * BLOCK_F + tl.arange(0, BLOCK_F)
+    return row[:, None], col[None, :], (row < N)[:, None] & (col < F)[None, :]
+
+
+@triton.jit
+def _glu_fwd_kernel(
+    gate_ptr, up_ptr, y_ptr, gate_stride_n, up_stride_n, N, F,
+    ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    if PACKED:
+        up_ptr += F
+    row, col, inside = _tile(N, F, BLOCK_N, BLOCK_F)
+    gate = tl.load(gate_ptr + row * gate_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+    up = tl.load(up_ptr + row * up_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+
+    act, _ = _activate(gate, ACTIVATION)
+
+    tl.store(y_ptr + row * F + col, act * up, mask=inside)
+
+
+@triton.jit
+def _glu_bwd_kernel(
+    gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
+    gate_stride_n, up_stride_n, dy_stride_n, dx_stride_n, N, F,
+    ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
+    NEED_DGATE: tl.constexpr, NEED_DUP: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    if PACKED:
+        up_ptr += F
+        dup_ptr += F
+    row, col, inside = _tile(N, F, BLOCK_N, BLOCK_F)
+    gate = tl.load(gate_ptr + row * gate_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+    dy = tl.load(dy_ptr + row * dy_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+
+    act, dact = _activate(gate, ACTIVATION)
+
+    if NEED_DGATE:
+        up = tl.load(up_ptr + row * up_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(dgate_ptr + row * dx_stride_n + col, dy * up * dact, mask=inside)
+    if NEED_DUP:
+        tl.store(dup_ptr + row * dx_stride_n + col, dy * act, mask=inside)
+
+
+def _glu_config(F: int) -> dict:
+    """1024 elements for four warps: a thread has one 16-byte load of each operand.
+
+    So small a program takes few registers, and many of them on a chip hide the memory's latency.
+    """
+    block_f = min(1024, next_power_of_2(F))
+    return {"BLOCK_F": block_f, "BLOCK_N": 1024 // block_f, "num_warps": 4}
+
+
+def _grid(N: int, F: int, config: dict) -> tuple[int]:
+    return (cdiv(N, config["BLOCK_N"]) * cdiv(F, config["BLOCK_F"]),)
+
+
+def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor]:
+    packed = up is None
+    y = gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2)) if packed else dense_like(gate)
+
+    if has_work(y):
+        gate = as_rows(gate)
+        up = gate if packed else as_rows(up)
+        N, F = gate.shape[0], y.shape[-1]
+        config = _glu_config(F)
+        _glu_fwd_kernel[_grid(N, F, config)](
+            gate, up, y, gate.stride(0), up.stride(0), N, F,
+            ACTIVATION=activation, PACKED=packed,
+            COMPUTE=triton_dtype(accumulator(y.dtype)), **config,
+        )  # fmt: skip
+    return (y,)
+
+
+def glu_bwd(
+    gate: Tensor,
+    up: Tensor | None,
+    dy: Tensor,
+    activation: str,
+    need_dgate: bool,
+    need_dup: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    packed = up is None
+    dgate = dense_like(gate) if need_dgate else None
+    dup = dense_like(up) if need_dup else None
+
+    if has_work(dy) and (need_dgate or need_dup):
+        gate, dy = as_rows(gate), as_rows(dy)
+        up = gate if packed else as_rows(up)
+        N, F = dy.shape
+        config = _glu_config(F)
+        _glu_bwd_kernel[_grid(N, F, config)](
+            gate, up, dy, dgate, dgate if packed else dup,
+            gate.stride(0), up.stride(0), dy.stride(0), 2 * F if packed else F, N, F,
+            ACTIVATION=activation, PACKED=packed,
+            NEED_DGATE=need_dgate, NEED_DUP=need_dup or packed,
+            COMPUTE=triton_dtype(accumulator(dy.dtype)), **config,
+        )  # fmt: skip
+    return dgate, dup
+
+
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give gate and up in the type of the arithmetic, whether packed or not."""
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    compute = accumulator(gate.dtype)
+    return gate.to(compute), up.to(compute)
+
+
+def check_glu(op: str, gate: Tensor, up: Tensor | None) -> None:
+    """Check the arguments that all gated linear units share."""
+    check.floating(op, "gate", gate)
+    check.at_least_1d(op, "gate", gate)
+    if up is None:
+        if gate.shape[-1] % 2:
+            check.fail(op, "gate", "have an even last size when `up` is None", gate.shape[-1])
+        return
+    check.floating(op, "up", up)
+    check.dtype(op, "up", up, gate, "gate")
+    check.shape(op, "up", up, gate.shape, "the shape of `gate`")
+    check.device(op, "up", up, gate, "gate")

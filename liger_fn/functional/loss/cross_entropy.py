@@ -1,0 +1,448 @@
+"""Cross entropy of logits and integer targets, in one pass over the logits each way.
+
+    z    = softcap · tanh(scale · x / softcap)               lse = log Σ_v exp z_v
+    loss = (1 − ε) · w_t · (lse − z_t) + ε/V · Σ_v w_v · (lse − z_v) + z_loss · lse²
+
+    p    = exp(z − lse)                                      W = Σ_v w_v
+    pull = (1 − ε) · w_t + ε/V · W + 2 · z_loss · lse
+    dz_v = pull · p_v − (1 − ε) · w_t · [v = t] − ε/V · w_v
+    dx_v = dloss · dz_v · scale · (1 − (z_v / softcap)²)
+
+with x the logits, t the target, w the class weights, ε the label smoothing. Memory traffic in bytes
+per element of 2-byte logits: 2 forward (read), 4 backward (read, write the gradient); `lse`, 4
+bytes a row, is kept. Ignored rows are not read.
+
+The op gives the loss of every row; sums and means are PyTorch's, outside, so that each row may have
+its own upstream gradient and rows may live on different devices. One kernel serves forward,
+backward and, for losses that hold the logits themselves, both at once, over the logits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from liger_fn.functional.core import check
+from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.launch import (
+    accumulator,
+    cdiv,
+    has_work,
+    next_power_of_2,
+    tl,
+    triton,
+    triton_dtype,
+    unit_stride,
+)
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def reference(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    loss = reference_rows(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
+    )
+    return reduced(loss, target, class_weight, ignore_index, reduction)
+
+
+def reference_rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """The loss of every row."""
+    V = logits.shape[-1]
+    target = target.long()
+    ignored = target == ignore_index
+    unknown = ~ignored & ((target < 0) | (target >= V))
+    t = target.clamp(0, V - 1)
+
+    x = logits.to(accumulator(logits.dtype)).masked_fill(ignored[..., None], 0.0)
+    z = x * logit_scale if softcap is None else softcap * torch.tanh(x * (logit_scale / softcap))
+    lse = z.logsumexp(-1)
+    loss = (1.0 - label_smoothing) * (lse - z.gather(-1, t[..., None]).squeeze(-1))
+    w = None if class_weight is None else class_weight.to(z.dtype)
+    if w is not None:
+        loss = loss * w[t]
+    if label_smoothing:
+        below = lse[..., None] - z
+        loss = loss + label_smoothing / V * (below if w is None else below * w).sum(-1)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    # As a factor NaN reaches the gradient too.
+    return torch.where(ignored, 0.0, loss * torch.where(unknown, math.nan, 1.0))
+
+
+def reduced(
+    loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """Reduce the losses of rows."""
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else mean(total, target, class_weight, ignore_index)
+
+
+def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Divide by the weight of the rows that count; by infinity, which gives 0, if none does."""
+    target = target.long()
+    counts = target != ignore_index
+    if class_weight is None:
+        weight = counts.sum().to(total.dtype)
+    else:
+        t = target.clamp(0, class_weight.shape[0] - 1)
+        weight = (class_weight.to(total.dtype)[t] * counts).sum()
+    return total / weight.masked_fill(weight == 0, math.inf)
+
+
+@triton.jit
+def _tanh(x):
+    """Cephes's tanh, good to an ulp or two also near zero, where 1 − 2/(1 + exp 2x) cancels."""
+    s = x * x
+    p = (-0.964399179425052238628 * s - 99.2877231001918586564) * s - 1614.68768441708447952
+    q = ((s + 112.811678491632931402) * s + 2235.48839060100448583) * s + 4844.06305325125486048
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * s * (p / q), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _scaled_and_capped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
+    if CAP is None:
+        z = x * SCALE
+    else:
+        z = CAP * _tanh(x * (SCALE / CAP))
+    return z
+
+
+@triton.jit
+def _slope(z, SCALE: tl.constexpr, CAP: tl.constexpr):
+    """dz/dx, from z."""
+    if CAP is None:
+        slope = SCALE
+    else:
+        slope = SCALE * (1.0 - (z / CAP) * (z / CAP))
+    return slope
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, target_ptr, class_weight_ptr, total_weight_ptr,
+    loss_ptr, lse_ptr, dloss_ptr, dlogits_ptr,
+    logits_stride_b, logits_stride_t, dlogits_stride_n, dloss_stride_n,
+    T, V, width, slab, ignore_index,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, HAS_DLOSS: tl.constexpr,
+    NEED_LOSS: tl.constexpr, NEED_DLOGITS: tl.constexpr,
+    UNIT: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += (row // T) * logits_stride_b + (row % T) * logits_stride_t
+    t = tl.load(target_ptr + row).to(tl.int64)
+    live = t != ignore_index
+    known = (t >= 0) & (t < V)
+    t = tl.where(known, t, 0).to(tl.int32)
+    hit = tl.full((), 1.0 - SMOOTHING, COMPUTE)
+    total_weight = tl.full((), 1.0, COMPUTE) * V
+    if HAS_CLASS_WEIGHT:
+        hit *= tl.load(class_weight_ptr + t).to(COMPUTE)
+        if SMOOTHING != 0.0:
+            total_weight = tl.load(total_weight_ptr)
+    block = tl.arange(0, BLOCK_V)
+
+    if NEED_LOSS:
+        # Each lane keeps a maximum and a sum relative to it: one exponential an element, and no
+        # lane waits for another before the end of the row.
+        top = tl.full((BLOCK_V,), LOWEST, COMPUTE)
+        sums = tl.zeros((BLOCK_V,), COMPUTE)
+        weighted = tl.zeros((BLOCK_V,), COMPUTE)
+        for start in range(0, tl.where(live, V, 0), BLOCK_V):
+            col = start + block
+            x = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
+            z = tl.where(col < V, _scaled_and_capped(x, SCALE, CAP), float("-inf"))
+            e = tl.exp(-tl.abs(z - top))
+            sums = tl.where(z > top, sums * e + 1.0, sums + e)
+            top = tl.maximum(top, z)
+            if SMOOTHING != 0.0:
+                z = tl.where(col < V, z, 0.0)
+                if HAS_CLASS_WEIGHT:
+                    z *= tl.load(class_weight_ptr + col, mask=col < V, other=0.0).to(COMPUTE)
+                weighted += z
+
+        highest = tl.where(live, tl.max(top, axis=0), 0.0)
+        lse = highest + tl.log(tl.where(live, tl.sum(sums * tl.exp(top - highest), axis=0), 1.0))
+        x_t = tl.load(logits_ptr + t).to(COMPUTE)
+        loss = hit * (lse - _scaled_and_capped(x_t, SCALE, CAP))
+        if SMOOTHING != 0.0:
+            loss += SMOOTHING * (total_weight * lse - tl.sum(weighted, axis=0)) / V
+        if Z_LOSS != 0.0:
+            loss += Z_LOSS * lse * lse
+        loss = tl.where(live, tl.where(known, loss, float("nan")), 0.0)
+        tl.store(loss_ptr + row, loss)
+        tl.store(lse_ptr + row, lse)
+    else:
+        lse = tl.load(lse_ptr + row)
+
+    if NEED_DLOGITS:
+        pull = hit + SMOOTHING * total_weight / V + 2.0 * Z_LOSS * lse
+        pull = tl.where(known, pull, float("nan"))
+        share = tl.full((), SMOOTHING, COMPUTE) / V
+        g = tl.full((), UNIT, COMPUTE)
+        if HAS_DLOSS:
+            g *= tl.load(dloss_ptr + row * dloss_stride_n).to(COMPUTE)
+        first = tl.program_id(1) * slab
+        last = tl.minimum(first + slab, width)
+        readable = tl.where(live, last, 0)
+        last_block = first + (last - first - 1) // BLOCK_V * BLOCK_V
+        for step in range(0, last - first, BLOCK_V):
+            # Backwards: what the sum over the row read last is still in the caches.
+            col = last_block - step + block
+            x = tl.load(logits_ptr + col, mask=col < readable, other=0.0).to(COMPUTE)
+            z = _scaled_and_capped(x, SCALE, CAP)
+            dz = pull * tl.exp(z - lse)
+            if SMOOTHING != 0.0:
+                if HAS_CLASS_WEIGHT:
+                    w = tl.load(class_weight_ptr + col, mask=col < V, other=0.0).to(COMPUTE)
+                    dz -= share * w
+                else:
+                    dz -= share
+            dz = tl.where(col == t, dz - hit, dz)
+            dx = tl.where(live, g * dz * _slope(z, SCALE, CAP), 0.0)
+            tl.store(dlogits_ptr + row * dlogits_stride_n + col, dx, mask=col < last)
+
+
+def _cross_entropy_config(V: int, reads_twice: bool, heavy: bool) -> dict:
+    """16 elements a thread, two 16-byte loads in flight.
+
+    A row that is read twice wants a multiprocessor to itself: then the rows in flight fit in the
+    second-level cache. Where the arithmetic is heavy, half the threads, for twice the registers.
+    """
+    widest = 4096 if not reads_twice else 8192 if heavy else 16384
+    block_v = min(next_power_of_2(V), widest)
+    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // 512)}
+
+
+_SLAB = 16384
+
+
+def launch_rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    *,
+    loss: Tensor | None = None,
+    dloss: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    unit: float = 1.0,
+    width: int | None = None,
+) -> None:
+    """Write loss and lse if loss is given, and dlogits, which may be logits itself, if it is given.
+
+    dlogits is the gradient of unit · Σ_rows dloss · loss, with dloss 1 if it is not given.
+    logits (..., V) may have any strides; loss and lse are contiguous, and so is dlogits but for the
+    stride of its rows. Rows may be padded to `width` elements of memory, which are then read and
+    written too: with a width of whole vectors a vocabulary of any size moves at full speed.
+    """
+    V = logits.shape[-1]
+    logits = (logits if logits.dim() > 1 else logits[None]).reshape(-1, *logits.shape[-2:])
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    target, class_weight = target.reshape(-1), unit_stride(class_weight)
+    target, dloss = unit_stride(target), None if dloss is None else dloss.reshape(-1)
+    smooth_weights = class_weight is not None and label_smoothing != 0.0
+    total_weight = class_weight.sum(dtype=lse.dtype) if smooth_weights else None
+
+    heavy = softcap is not None or label_smoothing != 0.0 or lse.dtype is torch.float64
+    width = V if width is None else width
+    slab = width if dlogits is None or loss is not None else _SLAB
+    _cross_entropy_kernel[(target.numel(), cdiv(width, slab))](
+        logits, target, class_weight, total_weight, loss, lse, dloss, dlogits,
+        logits.stride(0), logits.stride(1),
+        0 if dlogits is None or dlogits.dim() < 2 else dlogits.stride(-2),
+        0 if dloss is None else dloss.stride(0), logits.shape[1], V, width, slab, ignore_index,
+        SMOOTHING=label_smoothing, Z_LOSS=z_loss, CAP=softcap, SCALE=logit_scale,
+        HAS_CLASS_WEIGHT=class_weight is not None, HAS_DLOSS=dloss is not None,
+        NEED_LOSS=loss is not None, NEED_DLOGITS=dlogits is not None,
+        UNIT=unit, LOWEST=torch.finfo(lse.dtype).min, COMPUTE=triton_dtype(lse.dtype),
+        **_cross_entropy_config(V, loss is not None and dlogits is not None, heavy),
+    )  # fmt: skip
+
+
+def cross_entropy_fwd(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
+    lse = torch.empty_like(loss)
+
+    if has_work(loss):
+        launch_rows(
+            logits, target, class_weight, lse,
+            ignore_index, label_smoothing, z_loss, softcap, logit_scale, loss=loss,
+        )  # fmt: skip
+    return loss, lse
+
+
+def cross_entropy_bwd(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    lse: Tensor,
+    dloss: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor]:
+    dlogits = logits.new_empty(logits.shape)
+
+    if has_work(dlogits):
+        launch_rows(
+            logits, target, class_weight, unit_stride(lse),
+            ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+            dloss=dloss, dlogits=dlogits,
+        )  # fmt: skip
+    return (dlogits,)
+
+
+_cross_entropy = custom_vjp(
+    "cross_entropy",
+    reference=reference_rows,
+    fwd=cross_entropy_fwd,
+    bwd=cross_entropy_bwd,
+    results="loss",
+    residuals="lse",
+    grads="logits",
+    rows="logits target loss lse",
+)
+
+
+def check_options(
+    op: str,
+    of: Tensor,
+    of_name: str,
+    V: int,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Check what every cross entropy takes beside its target and what its logits come from."""
+    if class_weight is not None:
+        check.floating(op, "class_weight", class_weight)
+        check.shape(op, "class_weight", class_weight, (V,), "one weight per class")
+        check.device(op, "class_weight", class_weight, of, of_name)
+    check.one_of(op, "reduction", reduction, REDUCTIONS)
+    whole = isinstance(ignore_index, (int, torch.SymInt))
+    check.number(op, "ignore_index", ignore_index, "be an integer", whole)
+    numbers = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": 1.0 if softcap is None else softcap,
+        "logit_scale": logit_scale,
+    }
+    for name, value in numbers.items():
+        check.number(op, name, value, "be a number", True)
+    if not 0 <= label_smoothing <= 1:
+        check.fail(op, "label_smoothing", "be between 0 and 1", label_smoothing)
+    if softcap is not None and softcap <= 0:
+        check.fail(op, "softcap", "be positive, or None", softcap)
+
+
+def check_target(op: str, name: str, target: Tensor, of: Tensor, of_name: str) -> None:
+    check.integer(op, name, target)
+    check.shape(op, name, target, of.shape[:-1], f"that of `{of_name}` without its last dimension")
+    check.device(op, name, target, of, of_name)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Compute the cross entropy of logits and integer targets.
+
+        z    = softcap · tanh(logit_scale · logits / softcap), or logit_scale · logits
+        loss = (1 − ε) · w_t · (lse − z_t) + ε/V · Σ_v w_v · (lse − z_v) + z_loss · lse²
+
+    with lse = log Σ_v exp z_v, t the target, w the class weights and ε the label smoothing.
+
+    Args:
+        logits: (..., V), floating point, any strides. They are left as they are.
+        target: (...), any integer dtype. A target outside [0, V) that is not ignore_index makes the
+            loss and the gradient of its row NaN.
+        class_weight: (V,), floating point: w above, a constant; None: ones.
+        ignore_index: rows with this target have loss 0 and gradient exactly 0, whatever they hold.
+        reduction: "none": a loss per row; "sum"; "mean": the sum divided by the sum of w_t over the
+            rows that are not ignored, their number without class weights. Where that is 0 the mean
+            is 0 with zero gradients (torch gives NaN): a batch of nothing but padding must not
+            destroy a run.
+        label_smoothing: ε above, between 0 and 1, as in torch.
+        z_loss: the weight of lse², which keeps the logits from drifting; not scaled by w.
+        softcap: bounds z by tanh, as Gemma 2 does; None: no bound.
+        logit_scale: multiplies the logits before anything else.
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or (...) for "none".
+
+    Raises:
+        TypeError: logits or class_weight is not floating point, target is not of an integer dtype,
+            an option is no number.
+        ValueError: a shape or device does not fit, an option is out of its range.
+
+    Precision: float32 throughout (float64 for float64 logits); the gradient is rounded once.
+    Memory: logits, target and 4 bytes a row live until the backward pass, which allocates the
+        gradient.
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016 (label
+        smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
+    """
+    check.floating("cross_entropy", "logits", logits)
+    check.at_least_1d("cross_entropy", "logits", logits)
+    if logits.shape[-1] == 0:
+        check.fail("cross_entropy", "logits", "have at least one class", "a last size of 0")
+    check_target("cross_entropy", "target", target, logits, "logits")
+    check_options(
+        "cross_entropy", logits, "logits", logits.shape[-1], class_weight, ignore_index, reduction,
+        label_smoothing, z_loss, softcap, logit_scale,
+    )  # fmt: skip
+    loss = _cross_entropy(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
+    )
+    return reduced(loss, target, class_weight, ignore_index, reduction)

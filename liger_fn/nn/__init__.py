@@ -1,0 +1,19 @@
+"""Modules: parameters and one functional call each.
+
+Parameters, names and state_dict keys are those of torch's or Hugging Face's class of the same
+purpose, so a checkpoint of the one loads into the other.
+"""
+
+from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
+from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
+from liger_fn.nn.norm import RMSNorm
+from liger_fn.nn.position import RotaryEmbedding
+
+__all__ = [
+    "CrossEntropyLoss",
+    "FusedLinearCrossEntropyLoss",
+    "GeGLUMLP",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLUMLP",
+]

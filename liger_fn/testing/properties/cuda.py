@@ -1,0 +1,101 @@
+"""What only a GPU can show: streams, graphs, large offsets, several devices."""
+
+import torch
+
+from liger_fn.testing.call import (
+    Call,
+    assert_close,
+    assert_same_bits,
+    cotangents_like,
+    gradients,
+    loss,
+)
+from liger_fn.testing.properties.registry import NotApplicable, holds_for
+
+
+def _run(call: Call):
+    return gradients(call.op(), call.tensors(requires_grad=True))
+
+
+@holds_for("cases", cuda=True)
+def no_host_sync(spec, case, device):
+    """Neither pass waits for the device."""
+    call = Call(spec, case, device, torch.float32)
+    tensors = call.tensors(requires_grad=True)
+    given = cotangents_like(_run(call)[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(call.op(), tensors, given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@holds_for("cases", cuda=True)
+def cuda_graph(spec, case, device):
+    """Captured once and replayed on other values, it gives what eager code gives."""
+    call = Call(spec, case, device, torch.float32)
+    expected = _run(call)
+    tensors = call.tensors(requires_grad=True)
+    given = cotangents_like(expected[0])
+    values = [t.detach().clone() for t in tensors]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        for t in tensors:
+            t.zero_()
+    with torch.cuda.graph(graph):
+        captured = gradients(call.op(), tensors, given)
+    with torch.no_grad():
+        for t, value in zip(tensors, values, strict=True):
+            t.copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(sum(captured, ()), sum(expected, ()), "the replayed graph")
+
+
+@holds_for("first", cuda=True)
+def reduce_overhead(spec, case, device):
+    """torch.compile puts it into CUDA graphs of its own."""
+    call = Call(spec, case, device)
+    torch._dynamo.reset()
+    f = torch.compile(loss(call.op()), fullgraph=True, mode="reduce-overhead")
+    tensors = call.tensors(requires_grad=True)
+    expected = torch.autograd.grad(loss(call.reference())(*tensors), tensors)
+    for _ in range(3):  # it warms up, records, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_close(torch.autograd.grad(f(*tensors), tensors), expected)
+
+
+@holds_for("spec", cuda=True)
+def large_offsets(spec, case, device):
+    """Past 2^31 elements the last rows are what they are when they stand alone."""
+    if spec.huge is None:
+        raise NotApplicable("the spec names no huge case")
+    torch.cuda.empty_cache()
+    call = Call(spec, spec.huge, device, torch.bfloat16)
+    tail = call.where(**{n: call.arguments[n][-4:] for n in call.rows})
+    last = {n: i for i, n in enumerate(call.wrt) if n in call.rows}
+
+    (y, *_), grads = _run_on_rows(call)
+    (y_tail, *_), tail_grads = _run_on_rows(tail)
+    assert_same_bits([y[-4:]], [y_tail], "the last rows")
+    for n, i in last.items():
+        assert_same_bits([grads[i][-4:]], [tail_grads[i]], f"the last rows of d{n}")
+
+
+def _run_on_rows(call: Call):
+    tensors = call.tensors(requires_grad=True)
+    outputs = call.op()(*tensors)
+    return outputs, torch.autograd.grad(outputs, tensors, [torch.ones_like(o) for o in outputs])
+
+
+@holds_for("first", cuda=True)
+def another_device(spec, case, device):
+    """Tensors on a GPU that is not the current one are computed there."""
+    if torch.cuda.device_count() < 2:
+        raise NotApplicable("needs two CUDA devices")
+    expected = _run(Call(spec, case, "cuda:0", torch.float32))
+    with torch.cuda.device(0):
+        got = _run(Call(spec, case, "cuda:1", torch.float32))
+    assert all(t.device.index == 1 for t in sum(got, ()))
+    assert_same_bits([t.to("cuda:0") for t in sum(got, ())], sum(expected, ()), "on cuda:1")

@@ -1,0 +1,158 @@
+"""Facts about fused_linear_cross_entropy."""
+
+import torch
+import torch.nn.functional as F
+
+from liger_fn.functional import fused_linear_cross_entropy
+from liger_fn.functional.linear_loss import cross_entropy as room
+from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
+from liger_fn.testing.specs.cross_entropy import EVERY_OPTION, as_torch, compilation, targets
+
+
+def case(*shape: int, id: str = "", bias: bool = False, weighted: bool = False, **options) -> Case:
+    """A case of x (..., H) and a weight (V, H); the shape is (..., H, V)."""
+    *rows, H, V = shape
+
+    def make(draw):
+        arguments = {
+            "weight": draw.normal(V, H, scale=H**-0.5),
+            "x": draw.normal(*rows, H),
+            "y": targets(draw, V, *rows, ignore_index=options.get("ignore_index", -100)),
+            **options,
+        }
+        if bias:
+            arguments["bias"] = draw.normal(V)
+        if weighted:
+            arguments["class_weight"] = draw.uniform(V, dtype=room.accumulator(draw.dtype)) + 0.5
+        return arguments
+
+    return Case(id or "x".join(map(str, shape)), make)
+
+
+def as_models_write_it(weight, x, y, chunk_size=None, *, bias=None, **options):
+    return as_torch(F.linear(x, weight, bias), y, **options)
+
+
+def benchmark(N: int, H: int, V: int) -> Benchmark:
+    return Benchmark(
+        f"{N}x{H}x{V}",
+        lambda draw: {
+            "weight": draw.normal(V, H, scale=H**-0.5),
+            "x": draw.normal(N, H),
+            "y": draw.integers(V, N),
+        },
+        flops_fwd=2 * N * H * V,
+        flops_bwd=4 * N * H * V,
+    )
+
+
+def kernels() -> list[Compilation]:
+    over_the_logits = [
+        compilation(f"chunk-{V}-{name}", V, True, True, **options)
+        for V in (32000, 50257, 262144)
+        for name, options in {"plain": {}, "every-option": EVERY_OPTION}.items()
+    ]
+    signature = {"unit_ptr": "*fp32", "scalar_ptr": "*fp32", "out_ptr": "*bf16", "n": "i32"}
+    constants = {"UNIT": 1.0, "BLOCK": 4096}
+    return [
+        *over_the_logits,
+        Compilation("upstream", room._times_scalar_kernel, signature, constants, 8),
+    ]
+
+
+def _good(draw) -> dict:
+    return {"weight": draw.normal(8, 6), "x": draw.normal(4, 6), "y": draw.integers(8, 4)}
+
+
+def bad(id: str, change, error: type[Exception], sentence: str) -> BadCall:
+    return BadCall(id, lambda draw: _good(draw) | change(draw), error, sentence)
+
+
+SPEC = OpSpec(
+    op=fused_linear_cross_entropy,
+    reference=room.reference,
+    baseline=as_models_write_it,
+    grads=("weight", "x", "bias"),
+    rows=("x", "y"),
+    autocast=True,
+    cases=(
+        case(4, 3, 7, chunk_size=3, bias=True, id="chunks-of-3"),
+        case(2, 3, 5, 9, id="one-chunk"),
+        case(5, 4, 7, chunk_size=2, reduction="none", bias=True, id="rows"),
+        case(2, 3, 4, 7, chunk_size=1, reduction="sum", z_loss=1e-2, id="sum-z-loss"),
+        case(4, 3, 7, chunk_size=2, label_smoothing=0.2, weighted=True, id="weighted-smoothing"),
+        case(4, 3, 7, softcap=2.0, logit_scale=0.5, bias=True, id="scaled-softcap"),
+        case(
+            4, 3, 7, chunk_size=3, softcap=2.0, weighted=True, reduction="none", ignore_index=2,
+            id="weighted-rows",
+        ),
+    ),
+    sizes=(
+        case(6, 9, id="single-row"),
+        case(0, 6, 9),
+        case(3, 5, 1),
+        case(2, 7, 16, 130, chunk_size=4),
+        case(40, 64, 1000, chunk_size=16),
+        case(37, 64, 1000, chunk_size=16, reduction="none", id="37x64x1000-rows"),
+        case(3, 32, 20000, chunk_size=2, id="beyond-one-block"),
+        case(
+            6, 16, 50, weighted=True, bias=True, label_smoothing=0.1, z_loss=1e-2, softcap=5.0,
+            id="every-term",
+        ),
+        case(5, 16, 64, chunk_size=100, id="chunk-larger-than-all"),
+        Case(
+            "nothing-counts",
+            lambda d: {
+                "weight": d.normal(9, 6),
+                "x": d.normal(4, 6),
+                "y": torch.full((4,), -100, device=d.device),
+            },
+        ),
+    ),
+    errors=(
+        bad("x integer", lambda d: {"x": d.integers(3, 4, 6)}, TypeError,
+            "`x` must have a floating-point dtype"),
+        bad("x scalar", lambda d: {"x": d.normal()}, ValueError,
+            "`x` must have at least one dimension"),
+        bad("weight integer", lambda d: {"weight": d.integers(3, 8, 6)}, TypeError,
+            "`weight` must have a floating-point dtype"),
+        bad("weight dtype", lambda d: {"weight": d.normal(8, 6, dtype=torch.float64)}, TypeError,
+            "`weight` must have the dtype of `x`, torch.float32; got torch.float64."),
+        bad("weight device", lambda d: {"weight": torch.ones(8, 6, device="meta")}, ValueError,
+            "`weight` must be on the device of `x`"),
+        bad("weight vector", lambda d: {"weight": d.normal(6)}, ValueError,
+            "`weight` must have shape (V, H) with at least one class; got (6,)."),
+        bad("no classes", lambda d: {"weight": d.normal(0, 6)}, ValueError,
+            "`weight` must have shape (V, H) with at least one class; got (0, 6)."),
+        bad("weight shape", lambda d: {"weight": d.normal(8, 5)}, ValueError,
+            "`weight` must have shape (8, 6), (V, H) with the last size of `x`; got (8, 5)."),
+        bad("y float", lambda d: {"y": d.normal(4)}, TypeError, "`y` must have an integer dtype"),
+        bad("y shape", lambda d: {"y": d.integers(8, 5)}, ValueError,
+            "`y` must have shape (4,), that of `x` without its last dimension; got (5,)."),
+        bad("bias shape", lambda d: {"bias": d.normal(7)}, ValueError,
+            "`bias` must have shape (8,), one per class; got (7,)."),
+        bad("bias dtype", lambda d: {"bias": d.normal(8, dtype=torch.bfloat16)}, TypeError,
+            "`bias` must have the dtype of `x`"),
+        bad("chunk_size zero", lambda d: {"chunk_size": 0}, ValueError,
+            "`chunk_size` must be a positive integer, or None; got 0."),
+        bad("chunk_size float", lambda d: {"chunk_size": 2.0}, ValueError,
+            "`chunk_size` must be a positive integer, or None; got 2.0."),
+        bad("class_weight shape", lambda d: {"class_weight": d.normal(7)}, ValueError,
+            "`class_weight` must have shape (8,), one weight per class; got (7,)."),
+        bad("reduction", lambda d: {"reduction": "average"}, ValueError,
+            "`reduction` must be one of"),
+        bad("softcap", lambda d: {"softcap": -1.0}, ValueError,
+            "`softcap` must be positive, or None; got -1.0."),
+    ),
+    kernels=kernels,
+    benchmarks=tuple(
+        benchmark(*s)
+        for s in (
+            (8192, 4096, 128256),
+            (16384, 2048, 128256),
+            (8192, 3584, 152064),
+            (8192, 2560, 262144),
+            (8192, 4096, 32000),
+        )
+    ),
+)  # fmt: skip

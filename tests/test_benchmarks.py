@@ -1,0 +1,361 @@
+"""The benchmark CLI on tiny shapes: it checks before it times, and reports what it cannot time."""
+
+import dataclasses
+import subprocess
+
+import pytest
+import torch
+
+from benchmarks import __main__ as cli
+from benchmarks import answers, plot, providers, report
+from benchmarks.bench import DeviceLost
+from benchmarks.ceilings import Ceilings
+from benchmarks.inputs import DeviceDraw, Overwritten, draw_inputs, watch
+from benchmarks.providers import PROVIDERS, Eager, Provider
+from benchmarks.report import Row
+from benchmarks.timing import Clock, Step, Timing, in_turns, step
+from benchmarks.tiny import tiny
+from liger_fn.testing.spec import Benchmark
+from liger_fn.testing.specs import specs
+
+SPECS = {spec.name: spec for spec in specs()}
+CPU = torch.device("cpu")
+
+
+def small(name: str):
+    """The spec with its tiny call as its only shape."""
+    return dataclasses.replace(SPECS[name], benchmarks=(tiny(SPECS[name]),))
+
+
+class WrongGradient(Provider):
+    name = "wrong"
+    needs_gpu = False
+
+    def rms_norm(self):
+        def call(x, weight=None, *, eps=1e-6):
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.detach() + 0 * weight, eps)
+
+        return call
+
+
+class Raises(Provider):
+    name = "raises"
+    needs_gpu = False
+
+    def rms_norm(self):
+        def call(x, weight=None):
+            raise RuntimeError("out of luck\nand of words")
+
+        return call
+
+
+class TakesNoWeight(Provider):
+    name = "no-weight"
+    needs_gpu = False
+
+    def rms_norm(self):
+        return lambda x: x
+
+
+class InPlace(Provider):
+    """Right, but it leaves the input scaled."""
+
+    name = "in-place"
+    needs_gpu = False
+
+    def rms_norm(self):
+        function = Eager().call("rms_norm")
+
+        def call(x, weight):
+            y = function(x, weight)
+            x.detach().mul_(2.0)
+            return y
+
+        return call
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Run the CLI on the tiny call of the given ops; return the rows."""
+
+    def run(ops, *arguments, extra=()):
+        monkeypatch.setattr(cli, "specs", lambda: tuple(small(name) for name in ops))
+        for provider in extra:
+            monkeypatch.setitem(PROVIDERS, provider.name, provider)
+        runs = []
+        monkeypatch.setattr(cli, "run", lambda b, cases: runs.append(b) or run_cases(b, cases))
+        options = ("--device", "cpu", "--budget", "0", "--repeats", "1", "--calls", "1", *arguments)
+        assert cli.main(options) == 0
+        return runs[0].rows
+
+    run_cases = cli.run
+    return run
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_mode_of_every_op(bench, name):
+    rows = bench(
+        [name], "--mode", "fwd,bwd,full,host,memory", "--providers", "eager,torch,liger_fn"
+    )
+    modes = ("fwd", "bwd", "full", "memory", "host-fwd", "host-full")
+    peers = [p for p in ("eager", "torch", "liger_fn") if PROVIDERS[p].call(name)]
+    assert {(r.mode, r.provider) for r in rows} == {(m, p) for m in modes for p in peers}
+    for row in rows:
+        assert row.status == "ok", row.note
+        assert (row.ms is not None and row.ms > 0) == (row.mode != "memory")
+        assert 0 <= row.error <= answers.LIMITS[torch.bfloat16]
+        assert row.overwrites == 0
+
+
+def test_a_wrong_answer_gets_the_word_and_no_time(bench, capsys):
+    rows = bench(["rms_norm"], "--providers", "wrong,liger_fn", extra=[WrongGradient()])
+    wrong, ours = rows
+    assert (wrong.status, wrong.ms, wrong.floor) == ("wrong", None, None)
+    assert "dweight is off by 1 of its norm" in wrong.note
+    assert ours.status == "ok"
+    printed = capsys.readouterr().out
+    assert "wrong: wrong, rms_norm tiny: dweight is off by" in printed
+    assert "*" in printed.splitlines()[-2]
+
+
+def test_one_that_fails_is_reported_and_the_rest_go_on(bench):
+    extra = [Raises(), TakesNoWeight()]
+    rows = bench(["rms_norm"], "--providers", "raises,no-weight,eager", extra=extra)
+    assert [r.status for r in rows] == ["failed", "cannot", "ok"]
+    assert rows[0].note == "RuntimeError: out of luck"
+    assert "unexpected keyword argument 'weight'" in rows[1].note
+
+
+def test_one_that_overwrites_gets_fresh_inputs(bench):
+    rows = bench(["rms_norm"], "--providers", "in-place,eager,liger_fn", extra=[InPlace()])
+    assert [(r.status, r.overwrites) for r in rows] == [("ok", 1), ("ok", 0), ("ok", 0)]
+    assert rows[0].error == rows[1].error
+
+
+def test_watch_finds_what_changed_and_restores_it():
+    spec = small("rms_norm")
+    inputs = draw_inputs(spec, spec.benchmarks[0], DeviceDraw(CPU, torch.float32))
+    before = [t.clone() for t in inputs.tensors()]
+
+    def spoil():
+        inputs.arguments["x"].detach()[3] = float("nan")
+        inputs.cotangents[0].zero_()
+
+    _, overwritten = watch(inputs, spoil)
+    assert len(overwritten.pairs) == 2
+    overwritten.restore()
+    assert all(torch.equal(t, old) for t, old in zip(inputs.tensors(), before, strict=True))
+
+
+def test_an_absent_provider_says_how_to_get_it(bench, capsys):
+    class Absent(Provider):
+        name = "absent-one"
+        needs_gpu = False
+        modules = ("no_such_module",)
+        install = "pip install no-such-module"
+
+    rows = bench(["rms_norm"], "--providers", "absent-one,eager", extra=[Absent()])
+    assert [r.provider for r in rows] == ["eager"]
+    printed = capsys.readouterr().out
+    assert "absent: absent-one: no_such_module cannot be imported" in printed
+    assert "pip install no-such-module" in printed
+
+
+def test_a_lost_device_ends_the_run_but_not_the_report(bench, capsys, monkeypatch):
+    def case(self, spec, benchmark, modes):
+        raise DeviceLost("the device is lost")
+
+    monkeypatch.setattr(cli.Bench, "case", case)
+    assert bench(["rms_norm", "swiglu"], "--providers", "eager") == []
+    printed = capsys.readouterr().out
+    assert "broken off, the device is lost: rms_norm tiny" in printed
+    assert "not run, the device is lost: swiglu tiny" in printed
+
+
+def test_no_case_starts_after_the_limit(bench, capsys):
+    assert bench(["rms_norm"], "--providers", "eager", "--limit", "-1") == []
+    assert "not run, out of time: rms_norm tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["no_such_op"], ["--mode", "sideways"], ["--providers", "x"], ["--shape", "x"]]
+)
+def test_an_unknown_word_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("provider", PROVIDERS.values(), ids=list(PROVIDERS))
+def test_providers_name_known_ops(provider):
+    own = {n for n in dir(provider) if callable(getattr(provider, n)) and not n.startswith("_")}
+    assert own - {"call", "missing", "version"} <= set(SPECS)
+    assert provider.name
+    assert not provider.modules or provider.install
+
+
+def test_a_sliced_reference_equals_the_whole(monkeypatch):
+    for name in ("cross_entropy", "fused_linear_cross_entropy"):
+        spec = small(name)
+        inputs = draw_inputs(spec, spec.benchmarks[0], DeviceDraw(CPU, torch.float64))
+        inputs.arguments[spec.rows[1]][::3] = -100
+        whole = answers.answer(inputs, spec.reference)
+        monkeypatch.setattr(answers, "_SLICE", 5 * 1024)
+        sliced = answers.exact(spec, inputs)
+        assert whole.keys() == sliced.keys()
+        # Gradients by row are kept in float32.
+        assert answers.worst(sliced, whole)[1] < 1e-6
+
+
+def test_worst_is_infinite_for_nan_and_for_another_shape():
+    want = {"result 0": torch.ones(3)}
+    assert answers.worst({"result 0": torch.tensor([1.0, float("nan"), 1.0])}, want)[1] == float(
+        "inf"
+    )
+    assert answers.worst({"result 0": torch.ones(1)}, want)[1] == float("inf")
+    assert answers.worst({"result 0": torch.ones(3) * 1.5}, want) == ("result 0", 0.5)
+
+
+def test_providers_take_turns_and_a_failing_one_leaves():
+    order = []
+
+    def runner(name, fails_at=None):
+        def run(_):
+            order.append(name)
+            if order.count(name) == fails_at:
+                raise RuntimeError("tired")
+
+        return Step(lambda: None, run, lambda: None)
+
+    steps = {"a": runner("a"), "b": runner("b", fails_at=2), "c": runner("c")}
+    timings = in_turns(steps, Clock(CPU).time, budget=0.0, fewest=3)
+    assert "".join(order) == "abcabcacacac"
+    assert isinstance(timings["b"], RuntimeError)
+    assert timings["a"].repeats == 3
+
+
+def test_a_timing_is_the_median_and_the_quartiles():
+    assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, (52.0 - 1.5) / 3.0, 5)
+
+
+def test_backward_is_timed_alone():
+    spec = small("rms_norm")
+    inputs = draw_inputs(spec, spec.benchmarks[0], DeviceDraw(CPU, torch.float32))
+    calls = []
+
+    def call(**arguments):
+        calls.append(torch.is_grad_enabled())
+        return spec.reference(**arguments)
+
+    backward = step("bwd", inputs, call, Overwritten([]))
+    prepared = backward.prepare()
+    assert calls == [True]
+    gradients = backward.run(prepared)
+    assert calls == [True]
+    assert [g.shape for g in gradients] == [t.shape for t in inputs.leaves]
+    assert all(leaf.grad is None for leaf in inputs.leaves)
+    step("fwd", inputs, call, Overwritten([])).run(None)
+    assert calls == [True, False]
+
+
+def test_the_floor_is_the_slower_of_traffic_and_work():
+    case = Benchmark("x", dict, bytes_fwd=10**9, bytes_bwd=2 * 10**9, flops_fwd=10**12)
+    rates = Ceilings(copy=1e12, matrix=1e15)
+    assert rates.floor_ms(case, "fwd") == pytest.approx(1.0)
+    assert rates.floor_ms(case, "bwd") == pytest.approx(2.0)
+    assert rates.floor_ms(case, "full") == pytest.approx(3.0)
+    assert rates.floor_ms(case, "host-fwd") is None
+    assert rates.floor_ms(Benchmark("x", dict), "fwd") is None
+
+
+def row(provider: str, ms: float | None, **facts) -> Row:
+    facts = {"floor": 0.5, "status": "ok", "device": "Chip 1"} | facts
+    return Row("rms_norm", "8x8", "full", "bfloat16", provider, ms=ms, **facts)
+
+
+def test_csv_is_appended_read_back_and_never_mixed(tmp_path, bench):
+    path = tmp_path / "new" / "rows.csv"
+    rows = bench(["rms_norm"], "--providers", "eager", "--csv", str(path), "--commit", "abc")
+    report.append(path, [row("b", 2.0)])
+    back = report.read(path)
+    assert [r.provider for r in back] == ["eager", "b"]
+    assert back[0].commit == "abc"
+    assert back[0].ms == pytest.approx(rows[0].ms, rel=1e-5)
+    assert path.read_text().splitlines()[0] == ",".join(report.COLUMNS)
+
+    other = tmp_path / "other.csv"
+    other.write_text("something,else\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        report.append(other, rows)
+    assert other.read_text() == "something,else\n1,2\n"
+
+
+def test_table_is_printed_from_a_file(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    report.append(path, [row("a", 2.0), row("b", 1.0)])
+    assert cli.main(["--table", "--csv", str(path)]) == 0
+    assert "8x8  2.000  50%   1.000  50%*" in capsys.readouterr().out
+
+
+def test_table_marks_the_best_right_answer():
+    rows = [row("a", 2.0), row("b", 1.0), row("c", None, status="wrong")]
+    head, names, line = report.tables(rows).splitlines()
+    assert head == "rms_norm, full (ms, share of the floor)"
+    assert names.split() == ["a", "b", "c"]
+    assert line.split() == ["8x8", "2.000", "50%", "1.000", "50%*", "wrong"]
+    assert "\033[1m" in report.tables(rows, bold=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.0123456, "0.01235"), (1.0, "1.000"), (123.456, "123.5"), (98765.4, "98765")],
+)
+def test_significant_digits(value, text):
+    assert report.significant(value) == text
+
+
+def test_the_latest_of_equal_rows_counts():
+    rows = report.latest([row("a", 2.0), row("b", 1.0), row("a", 3.0)])
+    assert [(r.provider, r.ms) for r in rows] == [("a", 3.0), ("b", 1.0)]
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    subprocess.run(("git", "-C", folder, *who, *arguments), check=True, capture_output=True)
+
+
+def test_plots_come_from_committed_files_only(tmp_path):
+    path = tmp_path / "rows.csv"
+    report.append(path, [row("liger_fn", 1.0), row("eager", 2.0), row("bad", None, status="wrong")])
+    with pytest.raises(ValueError, match="not committed"):
+        plot.plot_files([path], tmp_path / "plots")
+    git(tmp_path, "init")
+    git(tmp_path, "add", "rows.csv")
+    git(tmp_path, "commit", "-m", "rows")
+    (drawn,) = plot.plot_files([path], tmp_path / "plots")
+    assert drawn.name == "Chip_1-rms_norm-full.png"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    report.append(path, [row("torch", 1.5)])
+    with pytest.raises(ValueError, match="not committed"):
+        plot.plot_files([path], tmp_path / "plots")
+
+
+def test_commit_says_when_files_differ_from_it(tmp_path):
+    assert cli.commit(tmp_path) == "unknown"
+    git(tmp_path, "init")
+    (tmp_path / "a.py").write_text("1")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "-m", "a")
+    clean = cli.commit(tmp_path)
+    assert len(clean) == 12
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "rows.csv").write_text("x")
+    assert cli.commit(tmp_path) == clean
+    (tmp_path / "a.py").write_text("2")
+    assert cli.commit(tmp_path) == clean + "-dirty"
+
+
+def test_first_line_names_the_error():
+    assert providers.first_line(ValueError("a\nb")) == "ValueError: a"
+    assert providers.first_line(KeyboardInterrupt()) == "KeyboardInterrupt"

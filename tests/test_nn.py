@@ -1,0 +1,147 @@
+"""Modules: the keys, shapes and values of the classes whose place they take."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GemmaConfig, LlamaConfig
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+import liger_fn.nn as lnn
+
+SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "head_dim": 12}
+
+
+# Sums of up to 40 products of size 10 in float32, in another order: a few 1e-5.
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+
+
+def with_exact_gelu(mlp: GemmaMLP) -> GemmaMLP:
+    """Gemma's config maps "gelu" to the tanh form, which is what its checkpoints mean."""
+    mlp.act_fn = nn.GELU()
+    return mlp
+
+
+def redraw(module: nn.Module) -> nn.Module:
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    return module
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor) -> None:
+    """One loads the other's state_dict; then results and every gradient agree in float32."""
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(redraw(theirs).state_dict())
+    got, want = ours(*inputs), theirs(*inputs)
+    assert_close(got, want)
+    if not list(theirs.parameters()):
+        return
+    cotangent = torch.randn_like(want)
+    assert_close(
+        torch.autograd.grad(got, list(ours.parameters()), cotangent),
+        torch.autograd.grad(want, list(theirs.parameters()), cotangent),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lnn.RMSNorm(24, eps=1e-5), nn.RMSNorm(24, eps=1e-5)),
+        (lnn.RMSNorm(24, eps=None), nn.RMSNorm(24)),
+        (lnn.RMSNorm(24, elementwise_affine=False), nn.RMSNorm(24, 1e-6, elementwise_affine=False)),
+        (lnn.RMSNorm(24, cast_before_weight=True), LlamaRMSNorm(24)),
+        (lnn.RMSNorm(24, offset=1.0), GemmaRMSNorm(24)),
+        (lnn.SwiGLUMLP(24, 40), LlamaMLP(LlamaConfig(**SMALL))),
+        (lnn.SwiGLUMLP(24, 40, bias=True), LlamaMLP(LlamaConfig(**SMALL, mlp_bias=True))),
+        (lnn.GeGLUMLP(24, 40), GemmaMLP(GemmaConfig(**SMALL, hidden_act="gelu_pytorch_tanh"))),
+        (
+            lnn.GeGLUMLP(24, 40, approximate="none"),
+            with_exact_gelu(GemmaMLP(GemmaConfig(**SMALL))),
+        ),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_takes_the_place_of(ours, theirs):
+    assert_same(copy.deepcopy(ours), theirs, torch.randn(2, 5, 24))
+
+
+def test_a_norm_starts_as_the_bare_norm():
+    x = torch.randn(3, 24)
+    for norm in (lnn.RMSNorm(24), lnn.RMSNorm(24, offset=1.0)):
+        torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), eps=1e-6))
+
+
+def test_a_norm_refuses_several_dimensions():
+    with pytest.raises(NotImplementedError, match=r"must have one dimension; got \(2, 3\)"):
+        lnn.RMSNorm((2, 3))
+
+
+@pytest.mark.parametrize("layout", ["bhtc", "bthc"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_rotary_embedding_is_llamas(layout, batched):
+    config = LlamaConfig(**SMALL, num_key_value_heads=1, rope_theta=500.0)
+    theirs = LlamaRotaryEmbedding(config)
+    base = theirs.config.rope_parameters["rope_theta"]
+    ours = lnn.RotaryEmbedding(12, base=base, layout=layout)
+    assert not ours.state_dict()
+    q, k = torch.randn(2, 2, 5, 12), torch.randn(2, 1, 5, 12)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 0, 1, 2]]) if batched else torch.arange(5)
+    cos, sin = theirs(q, positions.expand(2, 5))
+    want = apply_rotary_pos_emb(q, k, cos, sin)
+    if layout == "bthc":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        want = tuple(t.transpose(1, 2) for t in want)
+    torch.testing.assert_close(ours(q, k, positions), want)
+    if not batched:
+        torch.testing.assert_close(ours(q, k), want)
+
+
+LOSS_OPTIONS = [
+    {},
+    {"reduction": "sum", "ignore_index": 3},
+    {"reduction": "none", "label_smoothing": 0.1},
+    {"weight": torch.linspace(0.5, 1.5, 11), "label_smoothing": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=lambda o: ",".join(o) or "default")
+def test_cross_entropy_loss_is_torchs(options):
+    logits, target = torch.randn(7, 11, requires_grad=True), torch.randint(11, (7,))
+    ours, theirs = lnn.CrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    got, want = ours(logits, target), theirs(logits, target)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), logits), torch.autograd.grad(want.sum(), logits)
+    )
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=lambda o: ",".join(o) or "default")
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_linear_cross_entropy_loss_is_linear_then_cross_entropy(options, bias):
+    head = redraw(nn.Linear(6, 11, bias=bias))
+    hidden, target = torch.randn(7, 6, requires_grad=True), torch.randint(11, (7,))
+    ours = lnn.FusedLinearCrossEntropyLoss(**options, chunk_size=3)
+    got = ours(head.weight, hidden, target, *([head.bias] if bias else []))
+    want = nn.CrossEntropyLoss(**options)(head(hidden), target)
+    torch.testing.assert_close(got, want)
+    wrt = [hidden, *head.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), wrt), torch.autograd.grad(want.sum(), wrt)
+    )
+
+
+def test_options_show_in_the_repr():
+    assert "softcap=30.0" in repr(lnn.CrossEntropyLoss(softcap=30.0))
+    assert "cast_before_weight=True" in repr(lnn.RMSNorm(8, cast_before_weight=True))
+    assert "approximate='none'" in repr(lnn.GeGLUMLP(8, 8, approximate="none"))
+    assert "base=500.0" in repr(lnn.RotaryEmbedding(8, base=500.0))
