@@ -82,6 +82,16 @@ class Overwritten:
 
     pairs: list[tuple[Tensor, Tensor]]
 
+    @torch.no_grad()
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same values, copied where restoring would change them."""
+        ours = {tensor.untyped_storage().data_ptr() for tensor, _ in self.pairs}
+        return {
+            name: value.clone() if value.untyped_storage().data_ptr() in ours else value
+            for name, value in values.items()
+        }
+
+    @torch.no_grad()
     def restore(self) -> None:
         for tensor, copy in self.pairs:
             tensor.copy_(copy)

@@ -30,7 +30,7 @@ def info(arguments: list[str]) -> int:
 def verify(arguments: list[str]) -> int:
     from liger_fn.testing.verify import main
 
-    return main(arguments) or 0
+    return main(arguments)
 
 
 def train(arguments: list[str]) -> int:

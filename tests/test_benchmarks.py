@@ -57,6 +57,31 @@ class TakesNoWeight(Provider):
         return lambda x: x
 
 
+class ReusesTheCotangent(Provider):
+    """Right, but its backward pass writes dx over dy and returns it."""
+
+    name = "reuses"
+    needs_gpu = False
+
+    def rms_norm(self):
+        function = Eager().call("rms_norm")
+
+        class OverDy(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight):
+                ctx.save_for_backward(x, weight)
+                return function(x, weight)
+
+            @staticmethod
+            def backward(ctx, dy):
+                with torch.enable_grad():
+                    leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                    dx, dweight = torch.autograd.grad(function(*leaves), leaves, dy)
+                return dy.copy_(dx), dweight
+
+        return OverDy.apply
+
+
 class InPlace(Provider):
     """Right, but it leaves the input scaled."""
 
@@ -130,6 +155,11 @@ def test_one_that_overwrites_gets_fresh_inputs(bench):
     rows = bench(["rms_norm"], "--providers", "in-place,eager,liger_fn", extra=[InPlace()])
     assert [(r.status, r.overwrites) for r in rows] == [("ok", 1), ("ok", 0), ("ok", 0)]
     assert rows[0].error == rows[1].error
+
+
+def test_a_gradient_in_the_memory_of_its_cotangent_is_judged_before_that_is_restored(bench):
+    rows = bench(["rms_norm"], "--providers", "reuses,eager", extra=[ReusesTheCotangent()])
+    assert [(r.status, r.overwrites) for r in rows] == [("ok", 1), ("ok", 0)]
 
 
 def test_watch_finds_what_changed_and_restores_it():

@@ -111,11 +111,11 @@ def test_info_takes_no_arguments(capsys):
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3)])
-def test_verify_hands_its_arguments_on(monkeypatch, returned, status):
+@pytest.mark.parametrize("status", [0, 1])
+def test_verify_hands_its_arguments_on(monkeypatch, status):
     got = []
     program = types.ModuleType("liger_fn.testing.verify")
-    program.main = lambda arguments: got.append(arguments) or returned
+    program.main = lambda arguments: got.append(arguments) or status
     monkeypatch.setitem(sys.modules, "liger_fn.testing.verify", program)
     assert main(["verify", "rms_norm", "--quick"]) == status
     assert got == [["rms_norm", "--quick"]]

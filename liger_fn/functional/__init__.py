@@ -1,7 +1,7 @@
 """The door: every public op.
 
-Sizes: B batch, T tokens, N rows, D features, F MLP width, V vocabulary, H heads (or hidden size beside V),
-K key-value heads, C head width (or rows per chunk beside V), R rotated features.
+Sizes: B batch, T tokens, N rows, D features, F MLP width, V vocabulary, H heads (or hidden size
+beside V), K key-value heads, C head width (or rows per chunk beside V), R rotated features.
 """
 
 from liger_fn.functional.activation.geglu import geglu

@@ -118,7 +118,7 @@ def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor], what: st
 @contextlib.contextmanager
 def fresh_memory(full_of_nan: bool) -> Iterator[None]:
     """Choose what `torch.empty` and its kin return within the block: NaN, or what was there."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     was = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = settings.fill_uninitialized_memory

@@ -93,8 +93,8 @@ class OpSpec:
         cases: small calls, each put under every property; the first also under the transforms,
             which are slow.
         sizes: larger, ragged, empty and odd calls, for accuracy alone.
-        rows: the arguments that share rows. vmap must give the reference's answer when it maps a
-            new dimension of any or all of them; in the first case their first sizes may be any number.
+        rows: the arguments that share rows: vmap must give the reference's answer when it maps a
+            new dimension of any or all of them. In the first case the first size of all is free.
         slack: how much more error than the baseline is allowed, per dtype; each with its reason
             beside it.
         autocast: whether autocast casts the inputs (of a float32 call) or leaves them alone.

@@ -3,6 +3,7 @@
     tiny_config("llama")      a LlamaConfig with sizes for about 50,000 parameters
     tiny_model("llama")       a LlamaForCausalLM with random float32 weights, in eval mode
     tiny_inputs(model)        input_ids, attention_mask, labels
+    loss_and_gradients(model, inputs)
     model_types(task)         every model type of a task: "causal-lm", or "image-text-to-text" (the
                               inputs are then text only)
 
@@ -47,7 +48,7 @@ def model_types(task: str = "causal-lm") -> list[str]:
     return sorted(getattr(modeling_auto, MAPPINGS[task]))
 
 
-def model_class(model_type: str, task: str = "causal-lm") -> type:
+def model_class(model_type: str, task: str = "causal-lm") -> Any:
     """Return the class that a task maps a model type to."""
     name = getattr(modeling_auto, MAPPINGS[task])[model_type]
     return getattr(transformers, name[0] if isinstance(name, tuple | list) else name)
@@ -677,7 +678,7 @@ def tiny_inputs(
     ids = torch.randint(4, top, (batch, tokens), generator=g)
     labels = torch.randint(4, top, (batch, tokens), generator=g)
     labels[:, :3] = -100
-    labels[0, 7] = -100
+    labels[0, tokens // 2] = -100
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     fix = INPUTS.get(model.config.model_type) or INPUTS.get(type(model).__name__)
     if fix is not None:
@@ -685,6 +686,25 @@ def tiny_inputs(
     accepted = inspect.signature(type(model).forward).parameters
     takes_any = any(p.kind == p.VAR_KEYWORD for p in accepted.values())
     return {name: value for name, value in inputs.items() if name in accepted or takes_any}
+
+
+def loss_and_gradients(
+    model: torch.nn.Module, inputs: dict[str, Any], run: Any = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Train one step, from the same random state each time; `run` stands for the model if given."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    loss = (model if run is None else run)(**inputs)[0]
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: tuple, expected: tuple, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    """Compare what `loss_and_gradients` returned for two models."""
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in got[1].items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=rtol, atol=atol)
 
 
 def _codebooks(model, inputs):

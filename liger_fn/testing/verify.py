@@ -87,7 +87,7 @@ def _run(trials: Sequence[Any], device: torch.device) -> Iterator[Outcome]:
     with warnings.catch_warnings(), tqdm(trials, unit="trial", leave=False) as bar:
         warnings.simplefilter("ignore")
         for trial in bar:
-            bar.set_postfix_str(trial.id)
+            bar.set_postfix_str(trial.id())
             yield _try(trial, device)
 
 
@@ -96,7 +96,7 @@ def _try(trial: Any, device: torch.device) -> Outcome:
 
     outcome, message, start = OK, "", time.perf_counter()
     try:
-        trial.property.check(trial.spec, trial.case, device)
+        trial.check(device)
     except NotApplicable as reason:
         outcome, message = NOT_APPLICABLE, str(reason)
     except Exception as error:

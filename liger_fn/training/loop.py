@@ -74,7 +74,7 @@ def train(
     torch.manual_seed(settings.seed)
     watch_memory(settings.device)
     speeds = []
-    with tqdm(total=settings.steps, desc=f"{run.provider:<9}", unit="step") as bar:
+    with tqdm(total=settings.steps, desc=f"{run.provider:<9}", unit="step", mininterval=0.5) as bar:
         for count in looks(settings.steps):
             start = time.perf_counter()
             losses = []
@@ -84,7 +84,9 @@ def train(
             # The one wait for the device.
             run.losses += torch.stack(losses).tolist()
             speeds.append(count * settings.batch * settings.seq / (time.perf_counter() - start))
-            bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {speeds[-1]:,.0f} tokens/s")
+            bar.set_postfix_str(
+                f"loss {run.losses[-1]:.3f}, {speeds[-1]:,.0f} tokens/s", refresh=False
+            )
 
     run.peak_mib = peak_mib(settings.device)
     # The first tenth compiles, tunes and fills caches; it is no part of the speed.
@@ -113,7 +115,7 @@ def step(
 
 def rate(i: int, steps: int) -> float:
     """Give the learning rate at step i, as a share of its peak: warm-up, then cosine to a tenth."""
-    warm = max(1, steps // 10)
+    warm = max(1, steps // 5)
     if i < warm:
         return (i + 1) / warm
     done = (i - warm) / max(1, steps - warm)

@@ -128,7 +128,7 @@ def settle(asked: argparse.Namespace) -> Settings:
         steps=asked.steps or (200 if gpu else 300),
         batch=asked.batch or 16,
         seq=asked.seq or (1024 if gpu else 128),
-        lr=asked.lr or (6e-4 if gpu else 3e-3),
+        lr=asked.lr or (6e-4 if gpu else 2e-3),
         seed=asked.seed,
         device=device,
         dtype=asked.dtype or ("bfloat16" if gpu else "float32"),

@@ -246,15 +246,10 @@ class _Op:
         wanted = [n for n, need in self.wanted(values) if need]
 
         def results_of(*wanted_values):
-            return tuple(
-                r
-                for r in as_tuple(
-                    self.reference(**{**inputs, **dict(zip(wanted, wanted_values, strict=True))})
-                )
-                if r is not None
-            )
+            given = inputs | dict(zip(wanted, wanted_values, strict=True))
+            return tuple(r for r in as_tuple(self.reference(**given)) if r is not None)
 
-        _, pull = torch.func.vjp(results_of, *(inputs[n] for n in wanted))
+        pull = torch.func.vjp(results_of, *(inputs[n] for n in wanted))[1]
         return pull(tuple(c for c in cotangents if c is not None))
 
     def _has_no_kernels(self, args: Sequence[Any]) -> bool:

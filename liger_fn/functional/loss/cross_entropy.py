@@ -227,14 +227,17 @@ def _cross_entropy_kernel(
 
 
 def _cross_entropy_config(V: int, reads_twice: bool, heavy: bool) -> dict:
-    """16 elements a thread, two 16-byte loads in flight.
+    """The fastest of a sweep on an H100 over blocks of 2048 to 16384 and 4 to 32 warps.
 
-    A row that is read twice wants a multiprocessor to itself: then the rows in flight fit in the
-    second-level cache. Where the arithmetic is heavy, half the threads, for twice the registers.
+    16 elements a thread keep two 16-byte loads in flight. A row that is read twice wants half the
+    threads of a multiprocessor: then the rows in flight fit in the second-level cache. Where the
+    arithmetic is heavy, a quarter, for twice the registers.
     """
-    widest = 4096 if not reads_twice else 8192 if heavy else 16384
-    block_v = min(next_power_of_2(V), widest)
-    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // 512)}
+    if not reads_twice:
+        block_v = min(next_power_of_2(V), 2048)
+        return {"BLOCK_V": block_v, "num_warps": max(1, block_v // 512)}
+    block_v = min(next_power_of_2(V), 8192)
+    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (512 if heavy else 256))}
 
 
 _SLAB = 16384

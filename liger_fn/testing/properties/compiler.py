@@ -98,6 +98,7 @@ for _name in (
     "grad_of_grad",
     "hessian_of_first",
     "jvp",
+    "vmap",
     "per_sample_grads",
     "grad_of_vmap",
 ):

@@ -53,10 +53,12 @@ class Trial:
     property: Property
     case: Case
 
-    @property
     def id(self) -> str:
         where = "" if self.property.over == "spec" else "-" + self.case.id.replace(" ", "-")
         return f"{self.spec.name}-{self.property.name}{where}"
+
+    def check(self, device: torch.device) -> None:
+        self.property.check(self.spec, self.case, device)
 
 
 def trials(specs: Sequence[OpSpec], names: Sequence[str] = ()) -> Iterator[Trial]:

@@ -88,6 +88,10 @@ def _grad_of_vmap(f, *tensors):
     return _grad(lambda *t: vmap(f)(*_stacked(t)), *tensors)
 
 
+def _vmap(f, *tensors):
+    return vmap(f)(*_stacked(tensors))
+
+
 def _vmap_of_vmap(f, *tensors):
     return vmap(vmap(f))(*_stacked(_stacked(tensors)))
 
@@ -115,6 +119,7 @@ TRANSFORMS = {
         _jvp_of_pullback,
         _per_sample_grads,
         _grad_of_vmap,
+        _vmap,
         _vmap_of_vmap,
         _vmap_under_autograd,
     )

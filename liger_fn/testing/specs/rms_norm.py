@@ -69,6 +69,14 @@ def kernels() -> list[Compilation]:
     ]
 
 
+def huge() -> Case:
+    def make(draw):
+        # Drawn once and repeated: to draw 2^31 numbers takes minutes.
+        return {"x": draw.normal(8192, 4096).repeat(65, 1), "weight": draw.normal(4096)}
+
+    return Case("532480x4096", make)
+
+
 SPEC = OpSpec(
     op=rms_norm,
     reference=room.reference,
@@ -145,4 +153,5 @@ SPEC = OpSpec(
             (8192, 5376),
         )
     ),
+    huge=huge(),
 )

@@ -1,0 +1,316 @@
+"""Which op may take the place of what: one row for each op.
+
+A *place* says where an op is called: in a norm, in a gated MLP, in the gate of stacked experts. It
+knows the structure that makes a module worth a trial, what the trial runs on, and how the
+replacement is written. A row of `FAMILIES` is an op, its place, and the keyword arguments to try;
+their order does not matter, because the trial decides. To add an op to the adapter, add its row.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from liger_fn import functional
+from liger_fn.hf.probe import (
+    BF16,
+    F32,
+    Candidate,
+    Proof,
+    Rejected,
+    Trial,
+    own_copy,
+    prove,
+    quiet,
+    random_linear,
+    rows_of_all_sizes,
+    shadow,
+    takes_one_input,
+)
+
+EPS_NAMES = (
+    *("variance_epsilon", "eps", "epsilon", "norm_eps"),
+    *("layer_norm_epsilon", "layer_norm_eps"),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """An op, the place it may take, the keyword arguments to try, the parameters it can take."""
+
+    op: str
+    place: Place
+    variants: tuple[dict[str, Any], ...]
+    parameters: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the op by its name, so that whoever replaces it in `functional` is heard."""
+        return getattr(functional, self.op)(*args, **kwargs)
+
+    def how(self, *notes: str, **options: Any) -> str:
+        """Write the op with its options."""
+        return f"{self.op}({', '.join([*(f'{k}={v}' for k, v in options.items()), *notes])})"
+
+
+class Place:
+    """Where an op may be called: in the method `method` of modules of some structure."""
+
+    method = "forward"
+    # Each trial: dtype of the input, dtype of the parameters.
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] = ((F32, F32), (BF16, BF16))
+
+    def suggests(self, module: nn.Module) -> bool:
+        """Say whether the report should have a line about the module."""
+        raise NotImplementedError
+
+    def check(self, module: nn.Module) -> None:
+        """Raise `Rejected` unless the module's structure is worth a trial."""
+
+    def candidates(self, module: nn.Module, family: Family) -> Iterator[Candidate]:
+        """Write a replacement of the method for each way in which the family may fit."""
+        raise NotImplementedError
+
+    def shadow_and_input(
+        self, module: nn.Module, dtypes: tuple[torch.dtype, torch.dtype], g: torch.Generator
+    ) -> tuple[nn.Module, torch.Tensor]:
+        """Make what a trial runs on."""
+        raise NotImplementedError
+
+    def prove(self, module: nn.Module, families: list[Family]) -> Proof:
+        """Find the replacement that a trial proves, or raise `Rejected`."""
+        self.check(module)
+        candidates = [c for family in families for c in self.candidates(module, family)]
+        if not candidates:
+            raise Rejected("has parameters that no op here takes")
+        with quiet() as g:
+            return prove(candidates, self._trials(module, g))
+
+    def _trials(self, module: nn.Module, g: torch.Generator) -> Iterator[Trial]:
+        original = getattr(type(module), self.method)
+        for dtypes in self.dtypes:
+            s, x = self.shadow_and_input(module, dtypes, g)
+            yield Trial(dtypes[0], functools.partial(original, s, x), (s, x))
+
+
+class Norm(Place):
+    """`y = norm(x)` with nothing but one-dimensional parameters."""
+
+    dtypes = ((F32, F32), (BF16, BF16), (BF16, F32))
+
+    def suggests(self, module):
+        named = "norm" in type(module).__name__.lower()
+        return not module._modules and (named or _eps_name(module) is not None)
+
+    def check(self, module):
+        if not takes_one_input(type(module).forward):
+            raise Rejected("takes more than one input")
+        if any(p.dim() != 1 for p in _parameters(module).values()):
+            raise Rejected("has parameters that are not one-dimensional")
+        if _eps_name(module) is None:
+            raise Rejected("has no epsilon that is a number")
+
+    def candidates(self, module, family):
+        eps, names = _eps_name(module), tuple(_parameters(module))
+        if not set(names) <= set(family.parameters):
+            return
+        notes = () if names else ("no weight",)
+        for options, any_dtype in itertools.product(family.variants, (True, False)):
+            run = _norm_forward(family, names, eps, options, any_dtype)
+            yield Candidate(family.op, family.how(*notes, **options), run)
+
+    def shadow_and_input(self, module, dtypes, g):
+        # Sharded parameters may be empty here; only layer norms insist on their width.
+        width = max([*getattr(module, "normalized_shape", ()), 48])
+        parameters = {
+            name: nn.Parameter(torch.randn(width, generator=g, dtype=F32).to(dtypes[1]))
+            for name in _parameters(module)
+        }
+        # Parameters that are None stay in the dictionary: a forward may ask for them.
+        s = shadow(module, {**module._parameters, **parameters}, {})
+        return s, rows_of_all_sizes(width, dtypes[0], g)
+
+
+class GatedMLP(Place):
+    """`down(act(gate(x)) * up(x))`, or the same with gate and up in one matrix."""
+
+    def suggests(self, module):
+        name = type(module).__name__.lower()
+        return name.endswith(("mlp", "ffn", "feedforward")) or len(_linears(module)) == 3
+
+    def check(self, module):
+        if not takes_one_input(type(module).forward):
+            raise Rejected("takes more than one input")
+        if _parameters(module) or any(map(_has_parameters, _others(module).values())):
+            raise Rejected("has parameters outside its linear layers")
+        if len(_linears(module)) not in (2, 3):
+            raise Rejected(f"has {len(_linears(module))} linear layers, not 2 or 3")
+        if not _roles(module):
+            raise Rejected("has linear layers that do not fit together as gate, up and down")
+
+    def candidates(self, module, family):
+        for options, names in itertools.product(family.variants, _roles(module)):
+            for notes, run in _mlp_forwards(family, options, *names):
+                yield Candidate(family.op, family.how(*notes, **options), run)
+
+    def shadow_and_input(self, module, dtypes, g):
+        linears, small = _linears(module), _small_sizes(module)
+        children = {name: own_copy(child) for name, child in _others(module).items()}
+        for name, linear in linears.items():
+            rows, columns = small[linear.out_features], small[linear.in_features]
+            children[name] = random_linear(rows, columns, dtypes[1], g)
+        *_, down = _roles(module)[0]
+        width = small[linears[down].out_features]
+        return shadow(module, {}, children), rows_of_all_sizes(width, dtypes[0], g)
+
+
+class ExpertsGate(Place):
+    """`act(gate) * up` on the packed output of the experts' first matrix product.
+
+    Transformers' grouped and batched implementations of experts call this method; the eager one,
+    which loops over the experts, does not.
+    """
+
+    method = "_apply_gate"
+
+    def suggests(self, module):
+        return hasattr(type(module), "_apply_gate") and getattr(module, "has_gate", False)
+
+    def candidates(self, module, family):
+        for options in family.variants:
+            run = _gate(family, options)
+            yield Candidate(family.op, family.how("packed", **options), run)
+
+    def shadow_and_input(self, module, dtypes, g):
+        children = {
+            name: own_copy(child)
+            for name, child in module.named_children()
+            if not _has_parameters(child)
+        }
+        return shadow(module, {}, children), rows_of_all_sizes(24, dtypes[0], g)
+
+
+NORM, GATED_MLP, EXPERTS_GATE = Norm(), GatedMLP(), ExpertsGate()
+
+CASTS = ({"cast_before_weight": True}, {"cast_before_weight": False})
+GELUS = ({"approximate": "tanh"}, {"approximate": "none"})
+FAMILIES = [
+    Family("rms_norm", NORM, (*CASTS, *({"offset": 1.0, **cast} for cast in CASTS)), ("weight",)),
+    Family("swiglu", GATED_MLP, ({},)),
+    Family("swiglu", EXPERTS_GATE, ({},)),
+    Family("geglu", GATED_MLP, GELUS),
+    Family("geglu", EXPERTS_GATE, GELUS),
+]
+
+
+# The replacements. Each bears the name of the method it replaces: pickle then finds the original by
+# that name, and a model that is saved whole needs nothing of us when it is loaded.
+
+
+def _norm_forward(family, names, eps, options, any_dtype):
+    def forward(self, x):
+        parameters = [getattr(self, name) for name in names]
+        if not any_dtype and any(p.dtype != x.dtype for p in parameters):
+            return type(self).forward(self, x)
+        return family(x, *parameters, eps=getattr(self, eps), **options)
+
+    return forward
+
+
+def _mlp_forwards(family, options, *names):
+    if len(names) == 3:
+        yield (), _separate(family, options, *names)
+    else:
+        yield ("packed",), _packed(family, options, *names)
+        yield ("packed, up first",), _packed_up_first(family, options, *names)
+
+
+def _separate(family, options, gate, up, down):
+    def forward(self, x):
+        product = family(getattr(self, gate)(x), getattr(self, up)(x), **options)
+        return getattr(self, down)(product)
+
+    return forward
+
+
+def _packed(family, options, gate_up, down):
+    def forward(self, x):
+        return getattr(self, down)(family(getattr(self, gate_up)(x), **options))
+
+    return forward
+
+
+def _packed_up_first(family, options, up_gate, down):
+    def forward(self, x):
+        up, gate = getattr(self, up_gate)(x).chunk(2, -1)
+        return getattr(self, down)(family(gate, up, **options))
+
+    return forward
+
+
+def _gate(family, options):
+    def _apply_gate(self, gate_up_out):
+        return family(gate_up_out, **options)
+
+    return _apply_gate
+
+
+# Structure. Modules of other libraries are read through plain attributes, hence `Any`.
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _eps_name(module: nn.Module) -> str | None:
+    return next((n for n in EPS_NAMES if isinstance(getattr(module, n, None), float)), None)
+
+
+def _linears(module: nn.Module) -> dict[str, Any]:
+    """Children that stand for one matrix: linear layers, also quantised or with an adapter."""
+
+    def is_linear(child):
+        sizes = (getattr(child, name, None) for name in ("in_features", "out_features"))
+        return all(isinstance(size, int) for size in sizes)
+
+    return {name: child for name, child in module.named_children() if is_linear(child)}
+
+
+def _others(module: nn.Module) -> dict[str, nn.Module]:
+    linears = _linears(module)
+    return {name: child for name, child in module.named_children() if name not in linears}
+
+
+def _roles(module: nn.Module) -> list[tuple[str, ...]]:
+    """Every way to call the linear layers (gate, up, down), or (packed, down), that sizes allow."""
+    linears = _linears(module)
+    orders = itertools.permutations(linears)
+    return [names for names in orders if _fits(*(linears[name] for name in names))]
+
+
+def _fits(first: Any, *rest: Any) -> bool:
+    *second, down = rest
+    up = second[0] if second else first
+    same = up.in_features == first.in_features and up.out_features == first.out_features
+    width = first.out_features if second else first.out_features / 2
+    return same and down.in_features == width and down.out_features == first.in_features
+
+
+def _small_sizes(module: nn.Module) -> dict[int, int]:
+    """Small sizes for a trial: distinct where the real ones are, and double where they are."""
+    linears = _linears(module).values()
+    sizes = sorted({size for c in linears for size in (c.in_features, c.out_features)})
+    small = dict(zip(sizes, (12, 20, 28), strict=False))
+    for size in sizes:
+        if 2 * size in small and len(linears) == 2:
+            small[2 * size] = 2 * small[size]
+    return small

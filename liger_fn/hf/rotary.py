@@ -1,0 +1,217 @@
+"""The op `rope` in the place of a modelling file's rotary function.
+
+The function is reached through the globals of the file that calls it, so its replacement serves
+every model of that file in the process. It is therefore the original with a guard in front: calls
+that were proved go to the op, all others (part of a head, no keys, learned angles, unknown
+arguments) to the original. It is taken away when the last model that asked for it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from liger_fn import functional
+from liger_fn.hf.probe import BF16, F32, TOLERANCE, Rejected, distance, quiet
+
+# How a rotary function turns pairs. `weave`: pairs lie next to each other in the input and half a
+# head apart in the output (DeepSeek). `backwards`: in the other direction (nanochat).
+FORMS: tuple[dict[str, bool], ...] = (
+    {},
+    {"interleaved": True},
+    {"weave": True},
+    {"backwards": True},
+)
+# How the angles, one per pair, are laid out in cos and sin (all twice, each twice, or once), and
+# how to get them back.
+ANGLES: dict[str, tuple[Callable, Callable]] = {
+    "halves": (lambda a: torch.cat([a, a], -1), lambda c: c[..., : c.shape[-1] // 2]),
+    "pairs": (lambda a: a.repeat_interleave(2, -1), lambda c: c[..., ::2]),
+    "once": (lambda a: a, lambda c: c),
+}
+BATCH, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 5, 4, 2, 16
+
+
+class Call(NamedTuple):
+    """What of a call decides whether the op may serve it."""
+
+    unsqueeze_dim: int | None
+    partial: bool
+    mixed: bool
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to write a rotary function with the op `rope`."""
+
+    options: dict[str, bool]
+    angles: str
+    promotes: bool
+    single: bool
+
+    def __call__(self, layout: str, cos: torch.Tensor, sin: torch.Tensor, *xs: Any) -> Any:
+        """Rotate one or two tensors; return what the original function returns."""
+        rotated, interleaved = self.rotated(cos), self.options.get("interleaved", False)
+        if self.angles != ("pairs" if interleaved else "halves"):
+            cos, sin = (ANGLES[self.angles][1](c) for c in (cos, sin))
+        if self.options.get("backwards"):
+            sin = -sin
+        if self.promotes:
+            xs = tuple(x.to(torch.promote_types(x.dtype, cos.dtype)) for x in xs)
+        if self.options.get("weave"):
+            xs = tuple(_halves_apart(x, rotated) for x in xs)
+        q, k = xs if len(xs) == 2 else (*xs, None)
+        return functional.rope(
+            q, k, cos, sin, rotary_dim=rotated, interleaved=interleaved, layout=layout
+        )
+
+    def rotated(self, cos: torch.Tensor) -> int:
+        """How many features of a head are rotated."""
+        return cos.shape[-1] * (2 if self.angles == "once" else 1)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A form, the layout of each call for which it equals the original, the largest distances."""
+
+    form: Form
+    calls: dict[tuple, str]
+    error32: float
+    error16: float
+
+    @property
+    def how(self) -> str:
+        options = [f"{name}={value}" for name, value in self.form.options.items()]
+        return f"rope({', '.join(options)})"
+
+    def layout(self, unsqueeze_dim: Any, cos: Any, sin: Any, *xs: Any) -> str | None:
+        """The layout of a call, or None if nothing was proved about it. Called in every layer."""
+        if cos is None or sin is None or cos.dim() != 3 or cos.shape != sin.shape:
+            return None
+        # Learned angles: the op gives them no gradient.
+        if cos.requires_grad or sin.requires_grad:
+            return None
+        batch, tokens, _ = cos.shape
+        rotated, first, layout = self.form.rotated(cos), xs[0], None
+        for x in xs:
+            if x is None or x.dim() != 4 or x.dtype != first.dtype:
+                return None
+            size = x.shape
+            call = (unsqueeze_dim, rotated < size[-1], cos.dtype != x.dtype)
+            layout = self.calls.get(call)
+            if layout is None or rotated > size[-1] or size[-1] != first.shape[-1]:
+                return None
+            if size[layout.index("t")] != tokens or batch not in (1, size[0]):
+                return None
+        return layout
+
+
+def rotary_functions(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Find the global names of rotary functions that the forwards of a model refer to."""
+    found = {}
+    for cls in dict.fromkeys(type(module) for module in model.modules()):
+        forward: Any = inspect.unwrap(cls.forward)
+        for name in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            named = ("rotary" in name or "rope" in name) and name in forward.__globals__
+            if named and inspect.isfunction(forward.__globals__[name]):
+                found[id(forward.__globals__), name] = forward.__globals__
+    for (_, name), namespace in found.items():
+        yield namespace, name
+
+
+def prove_rotary(function: Callable) -> Domain:
+    """Find the form of a rotary function and the calls for which the op equals it.
+
+    Raises:
+        Rejected: the op equals it for no call.
+    """
+    names = list(inspect.signature(function).parameters)
+    single = names[:3] == ["x", "cos", "sin"]
+    if not single and names[:4] != ["q", "k", "cos", "sin"]:
+        raise Rejected(f"takes ({', '.join(names)}), not (q, k, cos, sin) or (x, cos, sin)")
+    forms = itertools.product(FORMS, ANGLES, (False, True), (single,))
+    domains = [_prove_form(function, Form(*form)) for form in forms]
+    best = max(domains, key=lambda domain: (len(domain.calls), -domain.error16))
+    if not best.calls:
+        raise Rejected("is no rotation that rope can do")
+    return best
+
+
+def guarded(function: Callable, domain: Domain) -> Callable:
+    """Write the replacement: the op for the calls that were proved, the original for all others."""
+    default = _default_axis(function)
+
+    def axis_of(args, kwargs):
+        known = not args and all(v is None for k, v in kwargs.items() if k != "unsqueeze_dim")
+        return kwargs.get("unsqueeze_dim", default) if known else "unknown"
+
+    def rotate(x, cos=None, sin=None, *args, **kwargs):
+        layout = domain.layout(axis_of(args, kwargs), cos, sin, x)
+        if layout is None:
+            return function(x, cos, sin, *args, **kwargs)
+        return domain.form(layout, cos, sin, x)
+
+    def rotate_both(q, k=None, cos=None, sin=None, *args, **kwargs):
+        layout = domain.layout(axis_of(args, kwargs), cos, sin, q, k)
+        if layout is None:
+            return function(q, k, cos, sin, *args, **kwargs)
+        return domain.form(layout, cos, sin, q, k)
+
+    return functools.wraps(function)(rotate if domain.form.single else rotate_both)
+
+
+def _prove_form(function: Callable, form: Form) -> Domain:
+    calls: dict[tuple, str] = {}
+    errors = {F32: 0.0, BF16: 0.0}
+    known = _default_axis(function) is not None
+    axes = ((1 if known else None, "bhtc"), (2 if known else None, "bthc"))
+    for (axis, layout), partial in itertools.product(axes, (False, True)):
+        error32, error16, mixed = (
+            _distance(function, form, axis, layout, partial, dtypes)
+            for dtypes in ((F32, F32), (BF16, BF16), (BF16, F32))
+        )
+        if error32 <= TOLERANCE[F32] and error16 <= TOLERANCE[BF16]:
+            calls[Call(axis, partial, mixed=False)] = layout
+            errors = {F32: max(errors[F32], error32), BF16: max(errors[BF16], error16)}
+            if mixed <= TOLERANCE[BF16]:
+                calls[Call(axis, partial, mixed=True)] = layout
+    return Domain(form, calls, errors[F32], errors[BF16])
+
+
+def _distance(function, form, axis, layout, partial, dtypes) -> float:
+    """The distance of op and original for one kind of call; infinite if one cannot do it."""
+    with quiet() as g, contextlib.suppress(Exception):
+        rotated = WIDTH // 2 if partial else WIDTH
+        angle = 6 * torch.rand(BATCH, TOKENS, rotated // 2, generator=g, dtype=F32)
+        angle = ANGLES[form.angles][0](angle)
+        cos, sin = angle.cos().to(dtypes[1]), angle.sin().to(dtypes[1])
+        xs = [_heads(n, layout, g).to(dtypes[0]) for n in (HEADS, KV_HEADS)][: 2 - form.single]
+        extra = {} if axis is None else {"unsqueeze_dim": axis}
+        expected = function(*(x.clone() for x in xs), cos, sin, **extra)
+        return distance(form(layout, cos, sin, *xs), expected)
+    return float("inf")
+
+
+def _heads(heads: int, layout: str, g: torch.Generator) -> torch.Tensor:
+    x = torch.randn(BATCH, heads, TOKENS, WIDTH, generator=g, dtype=F32)
+    return x if layout == "bhtc" else x.transpose(1, 2)
+
+
+def _halves_apart(x: torch.Tensor, rotated: int) -> torch.Tensor:
+    """Bring pairs that lie next to each other half of the rotated width apart."""
+    head, tail = x[..., :rotated], x[..., rotated:]
+    head = torch.cat([head[..., ::2], head[..., 1::2]], -1)
+    return torch.cat([head, tail], -1) if tail.shape[-1] else head
+
+
+def _default_axis(function: Callable) -> int | None:
+    parameter = inspect.signature(function).parameters.get("unsqueeze_dim")
+    return parameter.default if parameter is not None else None

@@ -1,0 +1,215 @@
+"""Deferred logits by themselves: every way through them gives what the real logits give."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_fn import functional
+from liger_fn.functional import using
+from liger_fn.hf.deferred import FUSED, Deferred, DeferringHead, swap
+
+ROWS, TOKENS, HIDDEN, VOCAB = 2, 5, 8, 11
+
+
+@pytest.fixture(autouse=True)
+def reference_path():
+    with using("reference"):
+        yield
+
+
+@pytest.fixture
+def head():
+    head = nn.Linear(HIDDEN, VOCAB)
+    swap(head, DeferringHead)
+    return head
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(ROWS, TOKENS, HIDDEN, requires_grad=True)
+
+
+@pytest.fixture
+def target():
+    target = torch.randint(0, VOCAB, (ROWS * TOKENS,))
+    target[3] = -100
+    return target
+
+
+def real_and_deferred(head, hidden):
+    head._liger_mode = None
+    real = head(hidden)
+    head._liger_mode = FUSED
+    lazy = head(hidden)
+    head._liger_mode = None
+    assert type(lazy) is Deferred
+    return real, lazy
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    calls = []
+    op = functional.fused_linear_cross_entropy
+    record = lambda *a, **k: calls.append(k) or op(*a, **k)  # noqa: E731
+    monkeypatch.setattr(functional, "fused_linear_cross_entropy", record)
+    return calls
+
+
+# What a model does to its logits on the way to the loss, and whether that can be written down.
+TAILS = {
+    "nothing": (lambda z: z, True),
+    "float": (lambda z: z.float(), True),
+    "scaled": (lambda z: z * 0.5, True),
+    "scaled from the left": (lambda z: 0.5 * z, True),
+    "divided": (lambda z: z / 3.0, True),
+    "soft cap": (lambda z: torch.tanh(z / 5.0) * 5.0, True),
+    "soft cap, method": (lambda z: (z / 5.0).tanh() * 5.0, True),
+    "soft cap of scaled": (lambda z: 3.0 * torch.tanh(2.0 * z / 3.0), True),
+    "part of the vocabulary": (lambda z: z[..., :9], True),
+    "to a dtype": (lambda z: z.to(torch.float32).contiguous(), True),
+    "to a tensor's dtype": (lambda z: z.to(torch.ones(1)), True),
+    "negative cap": (lambda z: torch.tanh(z) * -2.0, False),
+    "shifted": (lambda z: z + 1.0, False),
+    "scaled by a tensor": (lambda z: z * torch.tensor(0.5), False),
+    "divided by itself": (lambda z: z / (z.abs() + 1), False),
+    "two caps": (lambda z: torch.tanh(torch.tanh(z)), False),
+    "clamped": (lambda z: z.clamp(-0.5, 0.5), False),
+    "log softmax": (lambda z: torch.log_softmax(z, -1), False),
+    "other end of the vocabulary": (lambda z: z[..., 2:], False),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_tails(head, hidden, target, fused, name):
+    tail, is_written_down = TAILS[name]
+    results = []
+    for logits in real_and_deferred(head, hidden):
+        z = tail(logits)
+        z = z.reshape(-1, z.shape[-1])
+        wanted = target.clamp(max=z.shape[-1] - 1)
+        loss = F.cross_entropy(z, wanted, label_smoothing=0.1)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, head.weight, head.bias))))
+    for got, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert len(fused) == is_written_down
+
+
+def test_shifts_and_shapes(head, hidden, fused):
+    real, lazy = real_and_deferred(head, hidden)
+    labels = torch.randint(0, VOCAB, (ROWS, TOKENS))
+    losses = [
+        F.cross_entropy(
+            z[..., :-1, :].contiguous().view(-1, VOCAB),
+            labels[..., 1:].reshape(-1),
+            reduction="sum",
+        )
+        for z in (real, lazy)
+    ]
+    torch.testing.assert_close(losses[1], losses[0])
+    assert len(fused) == 1
+    assert (lazy.shape, lazy.size(-1), lazy.dim(), lazy.ndim) == (real.shape, VOCAB, 3, 3)
+    assert (len(lazy), lazy.numel(), lazy.dtype) == (len(real), real.numel(), real.dtype)
+    assert (lazy.device, lazy.requires_grad) == (real.device, True)
+    assert lazy[0, 1].shape == real[0, 1].shape
+    for index in (
+        0,
+        (0, 1),
+        (..., 3),
+        (slice(None), -1),
+        (0, slice(1, 3), slice(0, 4)),
+        labels > 5,
+    ):
+        value = lazy[index]
+        value = value.materialize() if isinstance(value, Deferred) else value
+        torch.testing.assert_close(value, real[index])
+
+
+def test_class_weights_and_reductions(head, hidden, target, fused):
+    real, lazy = (z.view(-1, VOCAB) for z in real_and_deferred(head, hidden))
+    weight = torch.rand(VOCAB)
+    for reduction in ("mean", "sum", "none"):
+        options = {"weight": weight, "reduction": reduction, "ignore_index": 4}
+        wanted = target.masked_fill(target < 0, 4)
+        torch.testing.assert_close(
+            F.cross_entropy(lazy, wanted, **options), F.cross_entropy(real, wanted, **options)
+        )
+    module = nn.CrossEntropyLoss(weight=weight)
+    torch.testing.assert_close(module(lazy, target), module(real, target))
+    assert len(fused) == 4
+
+
+def test_what_the_op_does_not_know_gets_real_logits(head, hidden, target, fused):
+    real, lazy = real_and_deferred(head, hidden)
+    soft = torch.rand(ROWS * TOKENS, VOCAB)
+    flat, lazy_flat = real.view(-1, VOCAB), lazy.view(-1, VOCAB)
+    torch.testing.assert_close(F.cross_entropy(lazy_flat, soft), F.cross_entropy(flat, soft))
+    by_class = target.view(ROWS, TOKENS).clamp(min=0)
+    torch.testing.assert_close(
+        F.cross_entropy(lazy.transpose(1, 2), by_class), F.cross_entropy(real.mT, by_class)
+    )
+    torch.testing.assert_close(F.mse_loss(lazy, real.detach()), torch.zeros(()))
+    assert not fused
+
+
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "pow", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "mod"]
+)
+def test_operators(head, hidden, name):
+    real, lazy = real_and_deferred(head, hidden)
+    other = torch.rand(VOCAB, VOCAB) if name == "matmul" else 2.0
+    function = getattr(operator, name)
+    torch.testing.assert_close(function(lazy, other), function(real, other), equal_nan=True)
+    if name in ("add", "sub"):
+        torch.testing.assert_close(function(other, lazy), function(other, real))
+    torch.testing.assert_close(torch.cat([lazy, lazy]), torch.cat([real, real]))
+    torch.testing.assert_close(-lazy, -real)
+    torch.testing.assert_close(1.0 / lazy, 1.0 / real)
+    assert len(list(lazy)) == ROWS
+
+
+def test_writing_into_the_logits_counts(head, hidden, target, fused):
+    real, lazy = real_and_deferred(head, hidden)
+    real = real.clone()
+    for z in (real, lazy):
+        z[..., 3] = -1e4
+    wanted = target.masked_fill(target == 3, 0)
+    torch.testing.assert_close(
+        F.cross_entropy(lazy.float().view(-1, VOCAB), wanted),
+        F.cross_entropy(real.view(-1, VOCAB), wanted),
+    )
+    assert not fused
+
+
+def test_a_look_without_a_graph_does_not_cut_the_graph(head, hidden):
+    _, lazy = real_and_deferred(head, hidden)
+    with torch.no_grad():
+        assert not lazy.argmax(-1).requires_grad
+    lazy.square().sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+
+
+def test_the_logits_are_computed_once(head, hidden):
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    _, lazy = real_and_deferred(head, hidden)
+    calls.clear()
+    lazy.sum()
+    lazy.argmax(-1)
+    assert len(calls) == 1
+
+
+def test_the_op_runs_inside_the_head_s_hooks(head, hidden, target):
+    events = []
+    head.register_forward_pre_hook(lambda *_: events.append("before"))
+    head.register_forward_hook(lambda *_: events.append("after"))
+    head._liger_mode = FUSED
+    lazy = head(hidden)
+    assert not events
+    F.cross_entropy(lazy.view(-1, VOCAB), target)
+    assert events == ["before", "after"]

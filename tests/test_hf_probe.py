@@ -1,0 +1,288 @@
+"""What looks like one of our ops and is not: each of these was, or could be, taken for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.deepseek_v4 import modeling_deepseek_v4
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from liger_fn import functional
+from liger_fn.functional import using
+from liger_fn.hf import apply, families
+from liger_fn.hf.families import FAMILIES, GATED_MLP, NORM, Family
+from liger_fn.hf.probe import Rejected
+from liger_fn.hf.rotary import Call, guarded, prove_rotary
+from liger_fn.testing.tiny_models import tiny_config, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def reference_path():
+    with using("reference"):
+        yield
+
+
+def outcomes(model):
+    """The report's answers by class name: the op, or why not."""
+    found: dict[str, list[str]] = {}
+    for row in apply(model).rows:
+        found.setdefault(row.name, []).append(row.how or row.reason)
+    return found
+
+
+def prove(place, module):
+    return place.prove(module, [family for family in FAMILIES if family.place is place])
+
+
+# architectures
+
+
+def test_a_gated_norm_whose_gate_is_optional():
+    found = outcomes(tiny_model("bamba"))
+    assert found["BambaRMSNormGated"] == ["takes more than one input"]
+    assert found["BambaRMSNorm"] == ["rms_norm(cast_before_weight=True)"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task"), [("deepseek_v4", "causal-lm"), ("glm5_next", "image-text-to-text")]
+)
+def test_a_clamp_that_ordinary_inputs_do_not_reach(model_type, task):
+    found = outcomes(tiny_model(model_type, task).model)
+    reasons = [why for name, (why, *_) in found.items() if "MLP" in name or "_apply_gate" in name]
+    assert reasons
+    assert all("the results differ" in why for why in reasons)
+
+
+def test_dropout_that_evaluation_does_not_show():
+    dropping = tiny_model("seed_oss", residual_dropout=0.1).eval()
+    assert "dropout" in outcomes(dropping)["SeedOssMLP"][0]
+    assert outcomes(tiny_model("seed_oss"))["SeedOssMLP"] == ["swiglu()"]
+
+
+def test_a_multiplier_on_one_instance_only():
+    model = tiny_model("falcon_h1")
+    model.model.layers[0].feed_forward.gate_multiplier = 0.5
+    report = apply(model, ops=["swiglu"])
+    assert report.replaced() == {"swiglu": 1}
+    assert "forward" not in model.model.layers[0].feed_forward.__dict__
+
+
+def test_rounding_before_or_after_the_weight():
+    """The two conventions agree in float32 and differ in bfloat16."""
+    for model_type, before in (("llama", True), ("olmo2", False), ("gpt_oss", False)):
+        model = tiny_model(model_type)
+        norm = next(name for name in outcomes(model) if "RMSNorm" in name)
+        row = next(row for row in apply(model).rows if row.name == norm)
+        assert row.how == f"rms_norm(cast_before_weight={before})"
+        assert row.error16 == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("llama4_text", "apply_rotary_emb()"), ("gptj", "apply_rotary_pos_emb()")],
+)
+def test_rotary_functions_with_other_arguments(model_type, name):
+    assert outcomes(tiny_model(model_type))[name][0].startswith("takes (")
+
+
+def test_the_last_features_of_a_head_are_rotated():
+    """DeepSeek-V4 rotates the last features; only whole heads are proved, the rest is its own."""
+    original = modeling_deepseek_v4.apply_rotary_pos_emb
+    domain = prove_rotary(original)
+    assert domain.calls
+    assert not any(call.partial for call in domain.calls)
+    angle = torch.rand(2, 5, 4)
+    x = torch.randn(2, 3, 5, 16)
+    torch.testing.assert_close(
+        guarded(original, domain)(x, angle.cos(), angle.sin()),
+        original(x, angle.cos(), angle.sin()),
+    )
+
+
+def test_a_rotary_call_without_keys():
+    model = tiny_model("qwen4_exp")
+    row = next(row for row in apply(model).rows if row.name == "apply_rotary_pos_emb()")
+    rotate = type(model.model.layers[0]).__init__.__globals__["apply_rotary_pos_emb"]
+    angle = torch.rand(1, 5, 8).repeat(1, 1, 2)
+    q = torch.randn(2, 5, 3, 16)
+    got = rotate(q, cos=angle.cos(), sin=angle.sin(), unsqueeze_dim=2)
+    expected = rotate.__wrapped__(q, cos=angle.cos(), sin=angle.sin(), unsqueeze_dim=2)
+    assert row.op == "rope"
+    torch.testing.assert_close(got, expected)
+
+
+# the guard of rope
+
+
+@pytest.fixture
+def rotate():
+    original = modeling_llama.apply_rotary_pos_emb
+    original = getattr(original, "__wrapped__", original)
+    return original, guarded(original, prove_rotary(original))
+
+
+def test_rope_serves_the_calls_that_were_proved(rotate, monkeypatch):
+    original, ours = rotate
+    calls = []
+    rope = functional.rope
+    monkeypatch.setattr(functional, "rope", lambda *a, **k: calls.append(k) or rope(*a, **k))
+    angle = torch.rand(1, 5, 8).repeat(1, 1, 2)
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
+    cos, sin = angle.cos(), angle.sin()
+    torch.testing.assert_close(ours(q, k, cos, sin), original(q, k, cos, sin))
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    served = ours(q, k, cos, sin, unsqueeze_dim=2)
+    torch.testing.assert_close(served, original(q, k, cos, sin, unsqueeze_dim=2))
+    q, k = q.bfloat16(), k.bfloat16()
+    served = ours(q, k, cos, sin, unsqueeze_dim=2)
+    # cos and sin in float32 promote the result, as under autocast.
+    assert served[0].dtype == torch.float32
+    torch.testing.assert_close(served, original(q, k, cos, sin, unsqueeze_dim=2))
+    assert len(calls) == 3
+
+
+def test_rope_leaves_the_other_calls_to_the_original(rotate, monkeypatch):
+    original, ours = rotate
+    monkeypatch.delattr(functional, "rope")
+    angle = torch.rand(1, 5, 8).repeat(1, 1, 2)
+    q, k, cos, sin = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), angle.cos(), angle.sin()
+    others = {
+        "an argument by position": ((q, k, cos, sin, 1), {}),
+        "other heads": ((q.squeeze(0)[0], k[0], cos[0, None], sin[0, None]), {}),
+        "mixed dtypes": ((q, k.double(), cos, sin), {}),
+        "learned angles": ((q, k, cos.requires_grad_(), sin), {}),
+        "one table for each head": ((q, q, cos[:, None], sin[:, None]), {"unsqueeze_dim": 0}),
+    }
+    for name, (args, kwargs) in others.items():
+        try:
+            expected = original(*args, **kwargs)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                ours(*args, **kwargs)
+            continue
+        for got, want in zip(ours(*args, **kwargs), expected, strict=True):
+            assert torch.equal(got, want), name
+
+
+def test_llama_s_rotary_function_is_proved_for_whole_heads_only():
+    original = modeling_llama.apply_rotary_pos_emb
+    domain = prove_rotary(getattr(original, "__wrapped__", original))
+    assert set(domain.calls) == {
+        Call(axis, partial=False, mixed=mixed) for axis in (1, 2) for mixed in (False, True)
+    }
+
+
+# made for this
+
+
+class Norm(LlamaRMSNorm):
+    def __init__(self, change=lambda y: y, eps=1e-6):
+        super().__init__(32, eps)
+        self.change = change
+
+    def forward(self, hidden_states):
+        return self.change(super().forward(hidden_states))
+
+
+class MLP(LlamaMLP):
+    def __init__(self, before=lambda x: x, after=lambda x: x):
+        super().__init__(tiny_config("llama"))
+        self.before, self.after = before, after
+
+    def forward(self, x):
+        return self.after(super().forward(self.before(x)))
+
+
+class WrongEps(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        size = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(size + 3 * self.variance_epsilon))
+
+
+class Multiplied(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.001)
+
+
+class InFloat32(LlamaMLP):
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
+
+
+def test_a_product_in_float32():
+    """Beam computes SwiGLU in float32, as the op does: the same bits in bfloat16."""
+    proof = prove(GATED_MLP, InFloat32(tiny_config("llama")))
+    assert (proof.candidate.op, proof.error16) == ("swiglu", 0)
+    assert prove(GATED_MLP, LlamaMLP(tiny_config("llama"))).error16 > 0
+
+
+def test_what_is_unchanged_is_proved():
+    assert prove(NORM, Norm()).candidate.op == "rms_norm"
+    assert prove(GATED_MLP, MLP()).candidate.op == "swiglu"
+
+
+@pytest.mark.parametrize(
+    ("place", "module"),
+    [
+        (NORM, WrongEps(32)),
+        (NORM, Norm(lambda y: y.clamp(-3, 3))),
+        (NORM, Norm(lambda y: y.float())),
+        (NORM, Norm(F.dropout)),
+        (GATED_MLP, MLP(lambda x: x.clamp(-100, 100))),
+        (GATED_MLP, MLP(after=lambda y: F.dropout(y, 0.01))),
+        (GATED_MLP, MLP(after=lambda y: y.float())),
+        (GATED_MLP, Multiplied(tiny_config("llama"))),
+        (GATED_MLP, LlamaMLP(tiny_config("llama", hidden_act="relu"))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_changed_is_not(place, module):
+    with pytest.raises(Rejected):
+        prove(place, module)
+
+
+def test_a_trial_leaves_no_trace():
+    module, state = MLP().eval(), torch.get_rng_state()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    prove(GATED_MLP, module)
+    with pytest.raises(Rejected):
+        prove(NORM, Norm(F.dropout))
+    assert torch.is_grad_enabled()
+    assert torch.empty(1).device.type == "cpu"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not module.training
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_a_trial_runs_no_hooks():
+    module = MLP()
+    module.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    prove(GATED_MLP, module)
+
+
+def test_all_gated_mlps_in_their_forms():
+    for act, op in (("silu", "swiglu"), ("gelu_pytorch_tanh", "geglu"), ("gelu", "geglu")):
+        assert prove(GATED_MLP, LlamaMLP(tiny_config("llama", hidden_act=act))).candidate.op == op
+    found = outcomes(tiny_model("phi3"))
+    assert found["Phi3MLP"] == ["swiglu(packed)"]
+    assert outcomes(tiny_model("gemma"))["GemmaMLP"] == ["geglu(approximate=tanh)"]
+
+
+def test_an_op_is_added_by_one_row(monkeypatch):
+    def layer_norm(x, weight=None, bias=None, *, eps):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    model = tiny_model("gpt2")
+    monkeypatch.setattr(functional, "layer_norm", layer_norm, raising=False)
+    row = Family("layer_norm", NORM, ({},), parameters=("weight", "bias"))
+    monkeypatch.setattr(families, "FAMILIES", FAMILIES)
+    monkeypatch.setattr("liger_fn.hf.install.FAMILIES", [*FAMILIES, row])
+    assert apply(model, ops=["layer_norm"]).replaced() == {"layer_norm": 5}
+    x = torch.randn(2, 64)
+    norm = model.transformer.ln_f
+    assert isinstance(norm, nn.LayerNorm)
+    assert torch.equal(norm(x), nn.LayerNorm.forward(norm, x))
