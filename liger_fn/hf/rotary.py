@@ -14,7 +14,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,12 +40,9 @@ ANGLES: dict[str, tuple[Callable, Callable]] = {
 BATCH, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 5, 4, 2, 16
 
 
-class Call(NamedTuple):
-    """What of a call decides whether the op may serve it."""
-
-    unsqueeze_dim: int | None
-    partial: bool
-    mixed: bool
+# What decides whether the op may serve a call: its unsqueeze_dim, whether only a part of the head
+# is rotated, whether the angles have another dtype. A plain tuple: compiled code looks it up.
+Call = tuple[int | None, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Domain:
     """A form, the layout of each call for which it equals the original, the largest distances."""
 
     form: Form
-    calls: dict[tuple, str]
+    calls: dict[Call, str]
     error32: float
     error16: float
 
@@ -169,7 +166,7 @@ def guarded(function: Callable, domain: Domain) -> Callable:
 
 
 def _prove_form(function: Callable, form: Form) -> Domain:
-    calls: dict[tuple, str] = {}
+    calls: dict[Call, str] = {}
     errors = {F32: 0.0, BF16: 0.0}
     known = _default_axis(function) is not None
     axes = ((1 if known else None, "bhtc"), (2 if known else None, "bthc"))
@@ -179,10 +176,10 @@ def _prove_form(function: Callable, form: Form) -> Domain:
             for dtypes in ((F32, F32), (BF16, BF16), (BF16, F32))
         )
         if error32 <= TOLERANCE[F32] and error16 <= TOLERANCE[BF16]:
-            calls[Call(axis, partial, mixed=False)] = layout
+            calls[axis, partial, False] = layout
             errors = {F32: max(errors[F32], error32), BF16: max(errors[BF16], error16)}
             if mixed <= TOLERANCE[BF16]:
-                calls[Call(axis, partial, mixed=True)] = layout
+                calls[axis, partial, True] = layout
     return Domain(form, calls, errors[F32], errors[BF16])
 
 
