@@ -32,7 +32,11 @@ Cases = list[tuple[OpSpec, Benchmark, list[str]]]
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.plot or options.table:
-        show(options)
+        try:
+            show(options)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
         return 0
     if options.csv:
         report.check_columns(options.csv)

@@ -11,7 +11,7 @@ import torch
 import liger_fn
 from liger_fn.functional.core import backend
 
-PACKAGES = ("torch", "triton", "transformers", "einops")
+PACKAGES = ("triton", "transformers", "einops")
 
 
 def gather(device: torch.device | None = None) -> dict[str, str]:
@@ -19,6 +19,8 @@ def gather(device: torch.device | None = None) -> dict[str, str]:
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, why = backend.why(device)
     facts = {"liger_fn": liger_fn.__version__, "python": platform.python_version()}
+    # Only the module says for which CUDA it was built.
+    facts |= {"torch": torch.__version__}
     facts |= {package: version(package) for package in PACKAGES}
     return facts | describe(device) | {"backend": f"{name}: {why}"}
 

@@ -645,14 +645,20 @@ def _succeeds(*processes: subprocess.Popen) -> None:
 # A crash of the loaded package must not take the other tests with it.
 AOT_INDUCTOR = """
 import sys, torch
-from liger_fn.functional import rms_norm
-from liger_fn.functional.norm.rms_norm import reference
+
+def reference(x, w):
+    return torch.nn.functional.rms_norm(x, w.shape, w, 1e-6)
+
+device, path, whose = sys.argv[1:]
+if whose == "ours":
+    from liger_fn.functional import rms_norm
+else:
+    rms_norm = reference
 
 class Norm(torch.nn.Module):
     def forward(self, x, w):
         return rms_norm(x, w)
 
-device, path = sys.argv[1:]
 tensors = torch.randn(4, 8, device=device), torch.randn(8, device=device)
 program = torch.export.export(Norm(), tensors)
 package = torch._inductor.aoti_compile_and_package(program, package_path=path)
@@ -662,8 +668,15 @@ torch.testing.assert_close(y, reference(*tensors))
 
 
 def test_aot_inductor(device, tmp_path):
-    path = str(tmp_path / "norm.pt2")
-    _succeeds(_python(AOT_INDUCTOR, device.type, path, interpret=device.type == "cpu"))
+    def package(whose):
+        path = str(tmp_path / f"{whose}.pt2")
+        return _python(AOT_INDUCTOR, device.type, path, whose, interpret=device.type == "cpu")
+
+    ours = package("ours")
+    printed = ours.communicate(timeout=300)[0]
+    if ours.returncode < 0 and package("theirs").wait(timeout=300) < 0:
+        pytest.skip("a package of PyTorch's own rms_norm ends the process here too, at loading")
+    assert ours.returncode == 0, printed[-3000:]
 
 
 BACKENDS = """

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from liger_fn.functional import fused_linear_cross_entropy, using
+from liger_fn.functional import fused_linear_cross_entropy
 from liger_fn.functional.linear_loss import cross_entropy as room
 
 N, H, V = 12, 4, 40
@@ -34,6 +33,18 @@ def test_every_chunk_size_gives_the_same(device, reduction):
         torch.testing.assert_close(answers(chunk_size), whole, rtol=1e-12, atol=1e-12)
 
 
+class Multiplications(TorchDispatchMode):
+    """Counts those of matrix products. FlopCounterMode does not know products with an out_dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = [t for t in args if isinstance(t, torch.Tensor)][-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("needs", "products"),
     [
@@ -44,9 +55,9 @@ def test_every_chunk_size_gives_the_same(device, reduction):
     ],
 )
 def test_only_wanted_gradients_are_computed(factors, needs, products):
-    with FlopCounterMode(display=False) as work, using("interpret"):
+    with Multiplications() as work:
         room.fused_linear_cross_entropy_fwd(*factors, None, None, 5, *OPTIONS, *needs)
-    assert work.get_total_flops() == products * 2 * N * H * V
+    assert work.count == products * N * H * V
 
 
 class LargestTensor(TorchDispatchMode):
@@ -61,7 +72,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_is_larger_than_the_chunk_or_the_weight(factors):
-    with LargestTensor() as largest, using("interpret"):
+    with LargestTensor() as largest:
         room.fused_linear_cross_entropy_fwd(*factors, None, None, 5, *OPTIONS, True, True, False)
     padded = -(-V // 16) * 16
     assert largest.numel == max(5 * padded, V * H) < N * V

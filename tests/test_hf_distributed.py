@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import torch.multiprocessing as mp
@@ -56,7 +57,11 @@ def ddp(rank):
 
 
 def fsdp2(rank):
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard as shard
+
+    # Left to itself FSDP takes the GPU where there is one, and gloo does not serve it.
+    fully_shard = functools.partial(shard, mesh=init_device_mesh("cpu", (2,)))
 
     for tie, first in ((False, "apply"), (False, "shard"), (True, "apply")):
         model = small(tie)
