@@ -6,8 +6,23 @@ from pathlib import Path
 
 from benchmarks.report import Row, latest, read
 
-_OURS = "#d1495b"
-_OTHERS = ("#30638e", "#7fa6c9", "#00798c", "#5fb0ba", "#8a8d91", "#b5b8bc", "#66a182", "#a8cdb5")
+# One colour a provider, the same in every plot; kin are shades of one.
+_COLORS = {
+    "liger_fn": "#d1495b",
+    "eager": "#30638e",
+    "torch": "#5a8dbb",
+    "compile": "#9cc0de",
+    "liger": "#00798c",
+    "liger-c16": "#4fa6b2",
+    "liger-cute": "#93ccd3",
+    "liger-sm90": "#4c7a51",
+    "liger-sm90-8": "#93bd96",
+    "cce": "#7b5ea7",
+    "cce-exact": "#b9a5d3",
+    "quack": "#edae49",
+    "quack-base": "#f5d69a",
+}
+_UNKNOWN = "#8a8d91"
 _LABELS = {
     "floor": "share of the floor (the device's limit is 100 %)",
     "ms": "milliseconds of host time a call",
@@ -46,7 +61,6 @@ def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | No
     shapes = list(dict.fromkeys(r.shape for r in rows))
     providers = list(dict.fromkeys(r.provider for r in rows))
     value = {(r.shape, r.provider): getattr(r, quantity) for r in rows}
-    others = iter(_OTHERS * len(providers))
 
     figure, axes = pyplot.subplots(
         figsize=(max(6.0, 1.2 + 1.9 * len(shapes)), 3.6), layout="constrained"
@@ -55,7 +69,7 @@ def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | No
     for i, provider in enumerate(providers):
         at = [s + (i - (len(providers) - 1) / 2) * width for s in range(len(shapes))]
         heights = [value.get((shape, provider), 0.0) for shape in shapes]
-        color = _OURS if provider == "liger_fn" else next(others)
+        color = _COLORS.get(provider, _UNKNOWN)
         axes.bar(at, heights, width * 0.92, label=provider, color=color)
     axes.set_xticks(range(len(shapes)), shapes)
     axes.set_ylabel(_LABELS[quantity], fontsize=8)
@@ -63,9 +77,8 @@ def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | No
     if quantity == "floor":
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        loc="outside lower center", ncols=min(8, len(providers)), frameon=False, fontsize=8
-    )
+    columns = min(len(providers), int(figure.get_figwidth() // 1.1))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
     path = folder / "-".join((device.replace(" ", "_"), op, mode + ".png"))
     figure.savefig(path, dpi=150)
