@@ -18,38 +18,51 @@ from benchmarks import ceilings, report
 from benchmarks.bench import Bench, DeviceLost
 from benchmarks.plot import plot_files
 from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.report import Row
 from benchmarks.timing import Clock
 from benchmarks.tiny import tiny
 from liger_fn.testing.spec import Benchmark, OpSpec
 from liger_fn.testing.specs import specs
 
 MODES = ("fwd", "bwd", "full", "host", "memory")
+MEANING = """
+modes: fwd is a call without grad, bwd its backward pass, full both: milliseconds of the device,
+kept busy beforehand until the host has enqueued all of the call. host is the milliseconds of the
+host, of fwd and of full, on tiny tensors. memory is the peak of full above the inputs.
+"""
 HERE = Path(__file__).parent
 Cases = list[tuple[OpSpec, Benchmark, list[str]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    if options.plot or options.table:
-        try:
+    try:
+        if options.plot or options.table:
             show(options)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
-        return 0
-    if options.csv:
-        report.check_columns(options.csv)
+            return 0
+        if options.csv:
+            report.append(options.csv, [])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
 
-    clock = Clock(torch.device(options.device))
-    bench = Bench(options, clock, ceilings.measure(clock), present(options))
+    providers = present(options)
+    if not providers:
+        print("None of these providers can run here.", file=sys.stderr)
+        return 2
+    measure(options, providers)
+    return 0
+
+
+def measure(options: argparse.Namespace, providers: list[Provider]) -> None:
+    """Run every case and print what was found."""
+    clock = Clock(options.device)
+    bench = Bench(options, clock, ceilings.measure(clock), providers)
     bench.about = about(bench)
     print(_heading(bench.about))
     unfinished = run(bench, plan(options))
     print("\n" + report.tables(bench.rows, bold=sys.stdout.isatty()))
-    for line in _remarks(bench.rows) + unfinished:
+    for line in report.remarks(bench.rows) + unfinished:
         print(line)
-    return 0
 
 
 def show(options: argparse.Namespace) -> None:
@@ -61,14 +74,18 @@ def show(options: argparse.Namespace) -> None:
     if options.table:
         for path in files:
             rows = report.latest(report.read(path))
+            rows = [row for row in rows if not options.ops or row.op in options.ops]
             print(f"{path}\n\n{report.tables(rows, bold=sys.stdout.isatty())}")
+            print("\n".join(report.remarks(rows)))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, epilog=MEANING
+    )
     known = [spec.name for spec in specs()]
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(known)}")
-    parser.add_argument("--mode", default="full", help=f"some of {','.join(MODES)}")
+    parser.add_argument("--mode", default="", help=f"some of {','.join(MODES)}; default: full")
     parser.add_argument("--providers", default="", help=f"default: all of {','.join(PROVIDERS)}")
     parser.add_argument(
         "--shape", default="", metavar="ID,...", help="default: all shapes of the spec"
@@ -79,7 +96,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--plot", action="store_true", help="measure nothing; plot --csv, or all of results/"
     )
     parser.add_argument(
-        "--table", action="store_true", help="measure nothing; print --csv, or all of results/"
+        "--table",
+        action="store_true",
+        help="measure nothing; print the OPs of --csv, or of all results/",
     )
     parser.add_argument(
         "--quick", action="store_true", help="first shape only, a tenth of the budget"
@@ -89,18 +108,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=float("inf"), help="start no case after seconds"
     )
-    parser.add_argument("--calls", type=int, default=1000, help="calls in a row that host times")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commit", default=os.environ.get("LIGER_FN_COMMIT", ""))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--calls", type=int, default=1000, help="calls in a row that host times at most"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    parser.add_argument(
+        "--commit",
+        default=os.environ.get("LIGER_FN_COMMIT", ""),
+        help="what the rows name, where there is no git",
+    )
+    parser.add_argument(
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     options = parser.parse_args(argv)
 
-    options.modes = _among(parser, "--mode", options.mode, MODES)
+    if min(options.repeats, options.calls) < 1:
+        parser.error("--repeats and --calls: must be 1 at least")
+    options.modes = _among(parser, "--mode", options.mode, MODES) or ["full"]
     options.providers = _among(parser, "--providers", options.providers, PROVIDERS) or list(
         PROVIDERS
     )
-    options.ops = _among(parser, "OP", ",".join(options.ops), known) or known
-    shapes = [b.id for s in specs() if s.name in options.ops for b in s.benchmarks]
+    options.ops = _among(parser, "OP", ",".join(options.ops), known)
+    shapes = [b.id for s in specs() if s.name in (options.ops or known) for b in s.benchmarks]
     options.shapes = _among(parser, "--shape", options.shape, shapes)
     if options.quick:
         options.budget /= 10
@@ -112,14 +141,27 @@ def _among(parser: argparse.ArgumentParser, name: str, given: str, known) -> lis
     for word in chosen:
         if word not in known:
             parser.error(f"{name}: {word!r} is not one of {', '.join(known)}")
-    return chosen
+    return list(dict.fromkeys(chosen))
+
+
+def _device(text: str) -> torch.device:
+    """A device that is here, of a kind that can be timed."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda; got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch {torch.__version__} sees no {text!r} here")
+    return device
 
 
 def present(options: argparse.Namespace) -> list[Provider]:
     """The providers that can run here; the others are named with how to get them."""
     out = []
     for name in options.providers:
-        if why := PROVIDERS[name].missing(torch.device(options.device)):
+        if why := PROVIDERS[name].missing(options.device):
             print(f"absent: {name}: {why}")
         else:
             out.append(PROVIDERS[name])
@@ -131,7 +173,7 @@ def plan(options: argparse.Namespace) -> Cases:
     modes = [mode for mode in options.modes if mode != "host"]
     cases: Cases = []
     for spec in specs():
-        if spec.name not in options.ops:
+        if options.ops and spec.name not in options.ops:
             continue
         shapes = [b for b in spec.benchmarks if not options.shapes or b.id in options.shapes]
         if modes:
@@ -199,14 +241,6 @@ def _heading(about: dict[str, Any]) -> str:
         "{device}, torch {torch}, triton {triton}, commit {commit}\n"
         "ceilings: copy {copy_gb_s:.0f} GB/s, bf16 matrices {matrix_tflop_s:.0f} TFLOP/s"
     ).format(**about)
-
-
-def _remarks(rows: list[Row]) -> list[str]:
-    """One line for every provider without a time, and why."""
-    lines = [
-        f"{r.status}: {r.provider}, {r.op} {r.shape}: {r.note}" for r in rows if r.status != "ok"
-    ]
-    return list(dict.fromkeys(lines))
 
 
 if __name__ == "__main__":

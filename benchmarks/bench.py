@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.answers import LIMITS, Answer, answer, exact, worst
+from benchmarks.answers import LIMITS, Answer, answer, answer_without_grad, exact, worst
 from benchmarks.ceilings import Ceilings
 from benchmarks.inputs import DeviceDraw, Inputs, Overwritten, draw_inputs, watch
 from benchmarks.providers import Provider, first_line, refusal
 from benchmarks.report import Row
-from benchmarks.timing import Clock, Step, Timing, host_ms, in_turns, step
+from benchmarks.timing import WARM_UP, Clock, Step, Timing, host_ms, in_turns, step
 from liger_fn.testing.spec import Benchmark, OpSpec
 
 
@@ -54,7 +54,8 @@ class Bench:
             for contestant in contestants:
                 contestant.facts |= failure
         else:
-            contestants = [c for c in contestants if self._enter(c, spec.name, inputs, want)]
+            alone = any(mode.endswith("fwd") for mode in modes)
+            contestants = [c for c in contestants if self._enter(c, spec.name, inputs, want, alone)]
             del want
             self._forget()
         for mode in modes:
@@ -66,8 +67,10 @@ class Bench:
         inputs = draw_inputs(spec, benchmark, draw)
         return inputs, exact(spec, inputs)
 
-    def _enter(self, contestant: Contestant, op: str, inputs: Inputs, want: Answer) -> bool:
-        """Make the first call and judge it; False if the provider has no such op."""
+    def _enter(
+        self, contestant: Contestant, op: str, inputs: Inputs, want: Answer, alone: bool
+    ) -> bool:
+        """Make the first calls and judge them; False if the provider has no such op."""
         facts = contestant.facts
         try:
             call = contestant.call = contestant.provider.call(op)
@@ -76,12 +79,16 @@ class Bench:
             if refused := refusal(call, inputs.arguments):
                 facts |= {"status": "cannot", "note": refused}
                 return True
-            start = time.perf_counter()
-            got, contestant.overwritten = watch(inputs, lambda: answer(inputs, call))
-            facts["first_s"] = time.perf_counter() - start
-            # A peer may give back a gradient in the memory of what it overwrote.
-            got = contestant.overwritten.kept(got)
-            contestant.overwritten.restore()
+
+            def first() -> Answer:
+                start = time.perf_counter()
+                got = answer(inputs, call)
+                self.clock.synchronize()
+                facts["first_s"] = time.perf_counter() - start
+                return got
+
+            runs = [first] + [lambda: answer_without_grad(inputs, call)] * alone
+            got, contestant.overwritten = watch(inputs, *runs)
             facts |= _verdict(got, want, getattr(torch, self.options.dtype))
             facts["overwrites"] = len(contestant.overwritten.pairs)
         except NotImplementedError as error:
@@ -108,9 +115,7 @@ class Bench:
         }
         timings: dict[str, Timing | Exception] = {}
         if mode.startswith("host"):
-            timings = in_turns(
-                steps, host_ms(self.clock, self.options.calls), 0.0, self.options.repeats
-            )
+            timings = self._host(steps)
         elif mode != "memory":
             timings = in_turns(steps, self.clock.time, self.options.budget, self.options.repeats)
 
@@ -119,9 +124,17 @@ class Bench:
             name, facts = contestant.provider.name, dict(contestant.facts)
             if name in steps:
                 facts |= self._facts(timings.get(name), steps[name], benchmark, mode)
+                facts["note"] += "; waits for the device" * steps[name].waits
             case = (spec.name, benchmark.id, mode, self.options.dtype, name)
             rows.append(Row(*case, **facts, **self.about))
         return rows
+
+    def _host(self, steps: dict[str, Step]) -> dict[str, Timing | Exception]:
+        """Time the host: the budget is shared out evenly, so that slow peers do not take more."""
+        repeats = self.options.repeats
+        seconds = self.options.budget / max(1, len(steps) * (repeats + WARM_UP))
+        measure = host_ms(self.clock, self.options.calls, seconds)
+        return in_turns(steps, measure, budget=0.0, fewest=repeats)
 
     def _facts(
         self, timing: Timing | Exception | None, step: Step, benchmark: Benchmark, mode: str

@@ -97,12 +97,26 @@ class Overwritten:
             tensor.copy_(copy)
 
 
-def watch(inputs: Inputs, run: Callable[[], Any]) -> tuple[Any, Overwritten]:
-    """Run, and find out which of the arguments and cotangents it wrote into."""
+def watch(
+    inputs: Inputs, *runs: Callable[[], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], Overwritten]:
+    """Make each run on the same numbers; return what they give, and what any of them wrote into."""
     pairs = [(t, t.clone()) for t in inputs.tensors()]
-    value = run()
-    changed = [(t, copy) for t, copy in pairs if not _same(t, copy)]
-    return value, Overwritten(changed)
+    values: dict[str, Tensor] = {}
+    changed: dict[int, tuple[Tensor, Tensor]] = {}
+    for run in runs:
+        try:
+            value = run()
+        except Exception:
+            # Others are still to come.
+            Overwritten(pairs).restore()
+            raise
+        here = Overwritten([pair for pair in pairs if not _same(*pair)])
+        # A peer may give back a gradient in the memory of what it overwrote.
+        values |= here.kept(value)
+        here.restore()
+        changed |= {id(pair): pair for pair in here.pairs}
+    return values, Overwritten(list(changed.values()))
 
 
 def _same(t: Tensor, copy: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Plots from committed CSV files: what a plot shows can be read, and measured again."""
 
+import importlib.util
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ _LABELS = {
 
 def plot_files(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Draw every op and mode of committed files into `folder`; return what was written."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("Plots need matplotlib: pip install '.[bench]'.")
     for path in paths:
         _require_committed(path)
     return plot([row for path in paths for row in read(path)], folder)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from benchmarks import eager
 from liger_fn import functional
 
+PEERS = "pip install '.[peers]'"
+
 
 class Provider:
     """Somebody's implementation of some of the ops.
@@ -124,7 +126,7 @@ class Liger(Provider):
     name = "liger"
     packages = ("liger-kernel",)
     modules = ("liger_kernel.transformers.functional",)
-    install = "pip install liger-kernel"
+    install = PEERS
     chunks = 1
 
     def missing(self, device):
@@ -191,9 +193,9 @@ class LigerCute(Provider):
     """
 
     name = "liger-cute"
-    packages = ("liger-kernel", "nvidia-cutlass-dsl")
+    packages = ("liger-kernel", "nvidia-cutlass-dsl", "apache-tvm-ffi")
     modules = ("cutlass.cute", "liger_kernel.functional")
-    install = "pip install 'liger-kernel[cutedsl]'"
+    install = PEERS
     kernels = "nvidia-cutedsl"
 
     def rms_norm(self):
@@ -280,7 +282,7 @@ class CutCrossEntropy(Provider):
     name = "cce"
     packages = ("cut-cross-entropy",)
     modules = ("cut_cross_entropy",)
-    install = "pip install cut-cross-entropy"
+    install = PEERS
     filter: str | None = "high"
 
     def fused_linear_cross_entropy(self):
@@ -288,7 +290,13 @@ class CutCrossEntropy(Provider):
 
         def call(weight, x, y, *, ignore_index=-100, reduction="mean", softcap=None):
             return linear_cross_entropy(
-                x, weight, y, ignore_index, softcap, reduction, filter_eps=self.filter
+                x,
+                weight,
+                y,
+                ignore_index=ignore_index,
+                softcap=softcap,
+                reduction=reduction,
+                filter_eps=self.filter,
             )
 
         return call
@@ -307,13 +315,13 @@ class Quack(Provider):
     name = "quack"
     packages = ("quack-kernels", "nvidia-cutlass-dsl")
     modules = ("quack",)
-    install = "pip install 'quack-kernels[cu13]'"
+    install = PEERS
     scaled_exp: bool | None = None
 
     def rms_norm(self):
         from quack import rmsnorm
 
-        def call(x, weight=None, *, eps=1e-6, offset=0.0, cast_before_weight=False):
+        def call(x, weight=None, *, eps=1e-6, offset=0.0):
             return rmsnorm(x, weight, eps=eps, weight_offset=offset)
 
         return call
@@ -342,10 +350,13 @@ class Quack(Provider):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         def call(weight, x, y, *, ignore_index=-100, reduction="mean"):
+            # It takes chunks as long as the features for ambiguous: its default, or twice that.
+            chunk = 4096 if x.shape[-1] != 4096 else 8192
             return chunked_linear_cross_entropy(
                 x,
                 weight,
                 y,
+                chunk_size=chunk,
                 ignore_index=ignore_index,
                 reduction=reduction,
                 use_scaled_exp=self.scaled_exp,

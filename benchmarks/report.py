@@ -13,7 +13,8 @@ class Row:
 
     Attributes:
         status: "ok", "wrong" (its answer is), "cannot" (it has no such option) or "failed".
-        ms: the median; blank unless the answer is right.
+        ms: the median; blank unless the answer is right. It is the device's time (timing.py says
+            how), of the modes `host-fwd` and `host-full` the host's.
         spread: the distance between the quartiles over the median.
         floor: the share of the floor: the least possible time over `ms`.
         peak_mib: what a call holds at most above its inputs.
@@ -22,7 +23,8 @@ class Row:
         copy_gb_s, matrix_tflop_s: the ceilings that the floor stands on, measured in this run.
         overwrites: how many arguments and cotangents the provider writes into; what was there is
             put back outside of the timing.
-        note: why there is no time, or which part has the largest error.
+        note: why there is no time, or which part has the largest error; and whether the call waits
+            for the device, so that some of its host's time is in `ms`.
     """
 
     op: str
@@ -55,32 +57,40 @@ _NUMBERS = {f.name for f in fields(Row) if f.type not in (str, "str")}
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file, and the header to a new one; a file of other columns is left alone."""
-    check_columns(path)
+    """Add rows to a file, and the header to a new one; any file that is not ours is left alone."""
     new = not path.exists() or path.stat().st_size == 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({n: _text(value) for n, value in asdict(row).items()} for row in rows)
-
-
-def check_columns(path: Path) -> None:
-    """Raise ValueError if the file exists with other columns than ours."""
-    if path.exists() and path.stat().st_size:
-        with path.open(newline="", encoding="utf-8") as file:
-            header = tuple(next(csv.reader(file), ()))
-        if header != COLUMNS:
-            raise ValueError(
-                f"{path} has other columns than this program writes; name another file."
-            )
+    if not new:
+        read(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows({n: _text(value) for n, value in asdict(row).items()} for row in rows)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def read(path: Path) -> list[Row]:
-    check_columns(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{n: _value(n, t) for n, t in line.items()}) for line in csv.DictReader(file)]
+    """Read a file that `append` wrote; of any other say in one ValueError what is wrong with it."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *lines = csv.reader(file) if path.stat().st_size else [COLUMNS]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is not a CSV file.") from None
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} has other columns than this program writes; name another file.")
+    return [_row(path, number, line) for number, line in enumerate(lines, start=2)]
+
+
+def _row(path: Path, number: int, line: list[str]) -> Row:
+    try:
+        return Row(*(_value(n, text) for n, text in zip(COLUMNS, line, strict=True)))
+    except ValueError:
+        raise ValueError(f"{path}: line {number} is not a row of results.") from None
 
 
 def _text(value: object) -> object:
@@ -105,6 +115,20 @@ def tables(rows: Sequence[Row], bold: bool = False) -> str:
     for row in rows:
         groups.setdefault((row.op, row.mode), []).append(row)
     return "\n\n".join(_table(*key, group, bold) for key, group in groups.items())
+
+
+def remarks(rows: Iterable[Row]) -> list[str]:
+    """Say what a table cannot: who has no time and why, and who writes over its inputs."""
+    lines = []
+    for r in rows:
+        if r.status != "ok":
+            lines.append(f"{r.status}: {r.provider}, {r.op} {r.shape}: {r.note}")
+        elif r.overwrites:
+            lines.append(
+                f"overwrites: {r.provider}, {r.op}: it writes over what the caller gave it, which"
+                " is put back untimed; its peak of memory is lower for it"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def best(rows: Iterable[Row], quantity: str) -> Row | None:

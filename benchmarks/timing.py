@@ -1,4 +1,10 @@
-"""How a call is timed: providers in turns, on a cold cache, the device kept busy beforehand."""
+"""How a call is timed: providers in turns, on a cold cache, the host ahead of the device.
+
+`fwd`, `bwd` and `full` are the device's time, which is what a training step pays as long as its
+host keeps ahead: the device spins until the host has enqueued all of the call. Of a call that
+itself waits for the device, what its host does after the wait is timed too. `host` is the host's
+time.
+"""
 
 import contextlib
 import gc
@@ -15,20 +21,44 @@ from benchmarks.inputs import Inputs, Overwritten
 # Larger than any L2, so that writing it leaves nothing of the inputs there.
 _FLUSH_BYTES = 256 * 2**20
 
-# The device spins for about half a millisecond before each call, in which the host enqueues it:
-# timed is the device's work, and the waiting of those who make it wait. `host` times the host.
-_HEAD_START_CYCLES = 1_000_000
+# How many cycles the device spins before a call: half a millisecond at first, doubled as long as
+# the host needs more, up to about 17 ms.
+_SHORTEST, _LONGEST = 2**20, 2**25
 
-_MOST = 200
+# Enough for every length of the head start, and for the allocator to find its memory.
+_TRIES = 8
+
+# Rounds that warm up at least, and rounds that are timed at most.
+WARM_UP, _MOST = 2, 200
 
 
 @dataclass
 class Step:
-    """What a mode repeats: `prepare` untimed, `run` timed on what it gave, `restore` untimed."""
+    """What a mode repeats: `prepare` untimed, `run` timed on what it gave, `restore` untimed.
+
+    Attributes:
+        head_start: how many cycles the device spins before `run`.
+        waits: whether no head start is enough, because `run` waits for the device.
+    """
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
     restore: Callable[[], None]
+    head_start: int = _SHORTEST
+    waits: bool = False
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put back what is overwritten within, after a failure too: others are still to come."""
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def lengthen(self) -> None:
+        """Give the host twice the time; one for which the most is too little needs none of it."""
+        self.waits = self.head_start >= _LONGEST
+        self.head_start = _SHORTEST if self.waits else 2 * self.head_start
 
 
 def step(mode: str, inputs: Inputs, call: Callable[..., Any], overwritten: Overwritten) -> Step:
@@ -53,40 +83,52 @@ class Clock:
         self.device = device
         self._cuda = device.type == "cuda"
         if self._cuda:
+            if device.index is not None:
+                torch.cuda.set_device(device)
             self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def time(self, step: Step) -> float:
-        """One repeat. One that made the allocator ask the driver for memory is done again."""
-        for _ in range(3):
+        """One repeat, in milliseconds.
+
+        It is done again if the allocator had to ask the driver for memory, and if the device did
+        not spin until the host was done.
+        """
+        for _ in range(_TRIES):
             before = self._allocations()
-            ms = self._time_on_device(step) if self._cuda else self._time_on_host(step)
-            if self._allocations() == before:
+            ms, ahead = self._time_on_device(step) if self._cuda else self._time_on_host(step)
+            if not ahead and not step.waits:
+                step.lengthen()
+            if (ahead or step.waits) and self._allocations() == before:
                 break
         return ms
 
-    def _time_on_device(self, step: Step) -> float:
-        prepared = step.prepare()
-        self._flush.zero_()
-        torch.cuda._sleep(_HEAD_START_CYCLES)
-        self._start.record()
-        value = step.run(prepared)
-        self._end.record()
-        self._end.synchronize()
-        del value, prepared
-        step.restore()
-        return self._start.elapsed_time(self._end)
+    def _time_on_device(self, step: Step) -> tuple[float, bool]:
+        with step.restored():
+            prepared = step.prepare()
+            self._flush.zero_()
+            torch.cuda._sleep(step.head_start)
+            self._start.record()
+            value = step.run(prepared)
+            self._end.record()
+            # All is enqueued: did the device still spin?
+            ahead = not self._start.query()
+            self._end.synchronize()
+            del value, prepared
+        return self._start.elapsed_time(self._end), ahead
 
-    def _time_on_host(self, step: Step) -> float:
-        prepared = step.prepare()
-        start = time.perf_counter()
-        step.run(prepared)
-        ms = (time.perf_counter() - start) * 1e3
-        step.restore()
-        return ms
+    def _time_on_host(self, step: Step) -> tuple[float, bool]:
+        with step.restored():
+            prepared = step.prepare()
+            start = time.perf_counter()
+            step.run(prepared)
+            ms = (time.perf_counter() - start) * 1e3
+        return ms, True
 
     def _allocations(self) -> int:
-        return torch.cuda.memory_stats(self.device).get("num_device_alloc", 0) if self._cuda else 0
+        if not self._cuda:
+            return 0
+        return torch.cuda.memory_stats_as_nested_dict(self.device).get("num_device_alloc", 0)
 
     def synchronize(self) -> None:
         if self._cuda:
@@ -99,9 +141,9 @@ class Clock:
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        step.run(step.prepare())
-        self.synchronize()
-        step.restore()
+        with step.restored():
+            step.run(step.prepare())
+            self.synchronize()
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
 
@@ -128,7 +170,7 @@ def in_turns(
 ) -> dict[str, Timing | Exception]:
     """Time every contestant once a round (A B C A B C ...), so that all see the same clocks.
 
-    A quarter of the budget, and two rounds where they are many, warm up. One that fails is out.
+    A quarter of the budget, and two rounds at least, warm up. One that fails is out.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     failures: dict[str, Exception] = {}
@@ -143,7 +185,7 @@ def in_turns(
                     failures[name] = error.with_traceback(None)
 
     with _no_garbage_collection():
-        _rounds(round_, budget / 4, min(2, fewest), _MOST)
+        _rounds(round_, budget / 4, WARM_UP, _MOST)
         for kept in samples.values():
             kept.clear()
         _rounds(round_, budget, fewest, _MOST)
@@ -158,17 +200,18 @@ def _rounds(round_: Callable[[], None], seconds: float, fewest: int, most: int) 
         round_()
 
 
-def host_ms(clock: Clock, calls: int) -> Callable[[Step], float]:
-    """Measure what a call costs the host: many of them, none waited for."""
+def host_ms(clock: Clock, most: int, seconds: float) -> Callable[[Step], float]:
+    """Measure what a call costs the host: many in a row, none waited for, for some seconds."""
 
     def measure(step: Step) -> float:
         clock.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
+        calls, start = 0, time.perf_counter()
+        now = start
+        while calls < most and (not calls or now < start + seconds):
             step.run(None)
-        ms = (time.perf_counter() - start) * 1e3 / calls
+            calls, now = calls + 1, time.perf_counter()
         clock.synchronize()
-        return ms
+        return (now - start) * 1e3 / calls
 
     return measure
 

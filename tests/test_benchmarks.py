@@ -1,19 +1,21 @@
 """The benchmark CLI on tiny shapes: it checks before it times, and reports what it cannot time."""
 
 import dataclasses
+import importlib.util
 import subprocess
+import time
 
 import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import answers, plot, providers, report
+from benchmarks import answers, plot, providers, report, timing
 from benchmarks.bench import DeviceLost
 from benchmarks.ceilings import Ceilings
 from benchmarks.inputs import DeviceDraw, Overwritten, draw_inputs, watch
 from benchmarks.providers import PROVIDERS, Eager, Provider
 from benchmarks.report import Row
-from benchmarks.timing import Clock, Step, Timing, in_turns, step
+from benchmarks.timing import Clock, Step, Timing, host_ms, in_turns, step
 from benchmarks.tiny import tiny
 from liger_fn.testing.spec import Benchmark
 from liger_fn.testing.specs import specs
@@ -57,6 +59,17 @@ class TakesNoWeight(Provider):
         return lambda x: x
 
 
+class WrongWithoutGrad(Provider):
+    """Right, but for the kernel that it runs where no gradient will follow."""
+
+    name = "wrong-alone"
+    needs_gpu = False
+
+    def rms_norm(self):
+        function = Eager().call("rms_norm")
+        return lambda x, weight: function(x, weight) * (1 if torch.is_grad_enabled() else 2)
+
+
 class ReusesTheCotangent(Provider):
     """Right, but its backward pass writes dx over dy and returns it."""
 
@@ -80,6 +93,20 @@ class ReusesTheCotangent(Provider):
                 return dy.copy_(dx), dweight
 
         return lambda x, weight: OverDy.apply(x, weight)
+
+
+class Spoils(Provider):
+    """Fails in its backward pass, after it has written over its input."""
+
+    name = "spoils"
+    needs_gpu = False
+
+    def rms_norm(self):
+        def call(x, weight):
+            x.detach().zero_()
+            raise RuntimeError("too late")
+
+        return call
 
 
 class InPlace(Provider):
@@ -143,6 +170,15 @@ def test_a_wrong_answer_gets_the_word_and_no_time(bench, capsys):
     assert "*" in printed.splitlines()[-2]
 
 
+def test_the_kernel_without_grad_is_checked_where_it_is_timed(bench):
+    extra = [WrongWithoutGrad()]
+    rows = bench(["rms_norm"], "--providers", "wrong-alone", "--mode", "full,fwd", extra=extra)
+    assert {r.status for r in rows} == {"wrong"}
+    assert "result 0 without grad is off by 1 of its norm" in rows[0].note
+    (row,) = bench(["rms_norm"], "--providers", "wrong-alone", "--mode", "full", extra=extra)
+    assert row.status == "ok"
+
+
 def test_one_that_fails_is_reported_and_the_rest_go_on(bench):
     extra = [Raises(), TakesNoWeight()]
     rows = bench(["rms_norm"], "--providers", "raises,no-weight,eager", extra=extra)
@@ -151,10 +187,18 @@ def test_one_that_fails_is_reported_and_the_rest_go_on(bench):
     assert "unexpected keyword argument 'weight'" in rows[1].note
 
 
-def test_one_that_overwrites_gets_fresh_inputs(bench):
+def test_one_that_overwrites_gets_fresh_inputs(bench, capsys):
     rows = bench(["rms_norm"], "--providers", "in-place,eager,liger_fn", extra=[InPlace()])
     assert [(r.status, r.overwrites) for r in rows] == [("ok", 1), ("ok", 0), ("ok", 0)]
     assert rows[0].error == rows[1].error
+    assert "overwrites: in-place, rms_norm: " in capsys.readouterr().out
+
+
+def test_one_that_fails_after_it_overwrote_leaves_the_inputs_whole(bench):
+    alone = bench(["rms_norm"], "--providers", "eager")
+    rows = bench(["rms_norm"], "--providers", "spoils,eager", extra=[Spoils()])
+    assert [r.status for r in rows] == ["failed", "ok"]
+    assert rows[1].error == alone[0].error
 
 
 def test_a_gradient_in_the_memory_of_its_cotangent_is_judged_before_that_is_restored(bench):
@@ -167,14 +211,27 @@ def test_watch_finds_what_changed_and_restores_it():
     inputs = draw_inputs(spec, spec.benchmarks[0], DeviceDraw(CPU, torch.float32))
     before = [t.clone() for t in inputs.tensors()]
 
+    def whole():
+        return all(torch.equal(t, old) for t, old in zip(inputs.tensors(), before, strict=True))
+
     def spoil():
         inputs.arguments["x"].detach()[3] = float("nan")
         inputs.cotangents[0].zero_()
+        return {"dx": inputs.cotangents[0]}
 
-    _, overwritten = watch(inputs, spoil)
+    def again():
+        assert whole()
+        inputs.cotangents[0].fill_(1.0)
+        return {"dx again": inputs.cotangents[0]}
+
+    values, overwritten = watch(inputs, spoil, again)
+    assert whole()
     assert len(overwritten.pairs) == 2
+    assert not values["dx"].any()
+    assert values["dx again"].all()
+    spoil()
     overwritten.restore()
-    assert all(torch.equal(t, old) for t, old in zip(inputs.tensors(), before, strict=True))
+    assert whole()
 
 
 def test_an_absent_provider_says_how_to_get_it(bench, capsys):
@@ -208,12 +265,40 @@ def test_no_case_starts_after_the_limit(bench, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["no_such_op"], ["--mode", "sideways"], ["--providers", "x"], ["--shape", "x"]]
+    ("arguments", "sentence"),
+    [
+        (["no_such_op"], "OP: 'no_such_op' is not one of cross_entropy, "),
+        (["--mode", "sideways"], "--mode: 'sideways' is not one of fwd, bwd, full, host, memory"),
+        (["--providers", "x"], "--providers: 'x' is not one of eager, "),
+        (["--shape", "x"], "--shape: 'x' is not one of 4096x128256, "),
+        (["--repeats", "0"], "--repeats and --calls: must be 1 at least"),
+        (["--calls", "0"], "--repeats and --calls: must be 1 at least"),
+        (["--device", "gpu"], "argument --device: 'gpu' is not a device"),
+        (["--device", "meta"], "argument --device: must be cpu or cuda; got 'meta'"),
+        (["--device", "cuda:99"], "sees no 'cuda:99' here"),
+    ],
 )
-def test_an_unknown_word_is_refused(arguments, capsys):
+def test_an_unknown_word_is_refused(arguments, sentence, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
-    assert "is not one of" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
+
+
+def test_no_provider_no_run(capsys):
+    assert cli.main(["--device", "cpu", "--providers", "quack"]) == 2
+    assert capsys.readouterr().err == "None of these providers can run here.\n"
+
+
+def test_help_says_what_the_modes_mean(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for mode in cli.MODES:
+        assert f"{mode} " in words.partition("modes:")[2]
+
+
+def test_a_named_provider_is_measured_once(bench):
+    assert len(bench(["rms_norm"], "--providers", "eager,eager")) == 1
 
 
 @pytest.mark.parametrize("provider", PROVIDERS.values(), ids=list(PROVIDERS))
@@ -259,6 +344,7 @@ def test_providers_take_turns_and_a_failing_one_leaves():
 
     steps = {"a": runner("a"), "b": runner("b", fails_at=2), "c": runner("c")}
     timings = in_turns(steps, Clock(CPU).time, budget=0.0, fewest=3)
+    # Two rounds warm up.
     assert "".join(order) == "abcabcacacac"
     assert isinstance(timings["b"], RuntimeError)
     assert timings["a"].repeats == 3
@@ -266,6 +352,139 @@ def test_providers_take_turns_and_a_failing_one_leaves():
 
 def test_a_timing_is_the_median_and_the_quartiles():
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, (52.0 - 1.5) / 3.0, 5)
+
+
+class Gpu:
+    """A device of one stream in virtual milliseconds, and a host that enqueues on it."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.free = 0.0
+        self.spins = []
+        self.clock = Clock(CPU)
+        self.clock._cuda = True
+        self.clock._flush = torch.empty(1)
+        self.clock._start, self.clock._end = self.Event(self), self.Event(self)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.spin)
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: {})
+
+    def enqueue(self, host, device):
+        """Take the host so long, and then give the device so much to do."""
+        self.now += host
+        self.free = max(self.free, self.now) + device
+
+    def spin(self, cycles):
+        self.spins.append(cycles)
+        self.enqueue(0.0, cycles / 2e6)
+
+    def wait(self):
+        self.now = max(self.now, self.free)
+
+    class Event:
+        def __init__(self, gpu):
+            self.gpu, self.at = gpu, 0.0
+
+        def record(self):
+            self.at = max(self.gpu.free, self.gpu.now)
+
+        def query(self):
+            return self.at <= self.gpu.now
+
+        def synchronize(self):
+            self.gpu.wait()
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+
+def launches(gpu, *, count=4, host=0.3, device=0.05, wait_after=None):
+    """A call of some kernels, with host work before each."""
+
+    def run(_):
+        for i in range(count):
+            gpu.enqueue(host, device)
+            if i == wait_after:
+                gpu.wait()
+
+    return Step(lambda: None, run, lambda: None)
+
+
+def test_the_device_is_timed_however_slow_the_host(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    slow = launches(gpu)
+    assert [gpu.clock.time(slow) for _ in range(3)] == pytest.approx([0.2] * 3)
+    # Found once: the host takes 1.2 ms, the device spins for half a millisecond, one, and two.
+    shortest = timing._SHORTEST
+    assert gpu.spins == [shortest, 2 * shortest, 4 * shortest, 4 * shortest, 4 * shortest]
+    assert not slow.waits
+
+    gpu.spins.clear()
+    assert gpu.clock.time(launches(gpu, host=0.01)) == pytest.approx(0.2)
+    assert gpu.spins == [shortest]
+
+
+def test_a_call_that_waits_is_timed_with_its_host_and_found_out_once(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    waiting = launches(gpu, wait_after=1)
+    # Two kernels, then the host is waited for twice; the last kernel ends the call.
+    assert gpu.clock.time(waiting) == pytest.approx(2 * 0.05 + 2 * 0.3 + 0.05)
+    assert waiting.waits
+    assert max(gpu.spins) == timing._LONGEST
+
+    gpu.spins.clear()
+    gpu.clock.time(waiting)
+    assert gpu.spins == [timing._SHORTEST]
+
+
+def test_a_row_says_that_its_call_waits(bench, monkeypatch):
+    monkeypatch.setattr(timing.Clock, "_time_on_host", lambda self, step: (1.0, False))
+    (row,) = bench(["rms_norm"], "--providers", "eager")
+    assert row.note.startswith("largest error in ")
+    assert row.note.endswith("; waits for the device")
+
+
+def test_the_allocator_is_not_timed(monkeypatch):
+    clock, repeats = Clock(CPU), []
+    monkeypatch.setattr(clock, "_allocations", lambda: min(len(repeats), 3))
+    clock.time(Step(lambda: None, repeats.append, lambda: None))
+    assert len(repeats) == 4
+
+
+def test_what_is_overwritten_is_put_back_after_a_failure():
+    restored = []
+
+    def run(_):
+        raise RuntimeError("tired")
+
+    failing = Step(lambda: None, run, lambda: restored.append(1))
+    with pytest.raises(RuntimeError, match="tired"):
+        Clock(CPU).time(failing)
+    assert restored == [1]
+
+
+def test_the_host_is_timed_for_so_many_calls_and_so_long():
+    calls = []
+    quick = Step(lambda: None, calls.append, lambda: None)
+    host_ms(Clock(CPU), most=7, seconds=60.0)(quick)
+    assert len(calls) == 7
+
+    slow = Step(lambda: None, lambda _: time.sleep(0.01), lambda: None)
+    start = time.perf_counter()
+    # A sleep is never shorter than asked.
+    assert host_ms(Clock(CPU), most=1000, seconds=0.05)(slow) >= 10.0
+    assert time.perf_counter() - start < 5.0
+    assert host_ms(Clock(CPU), most=1000, seconds=0.0)(slow) >= 10.0
+
+
+def test_providers_share_the_budget_for_the_host(bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "benchmarks.bench.host_ms",
+        lambda clock, most, seconds: asked.append(seconds) or (lambda step: 1.0),
+    )
+    arguments = ("--mode", "host", "--providers", "eager,torch,liger_fn")
+    bench(["rms_norm"], *arguments, "--budget", "2.1", "--repeats", "5")
+    # Three providers, seven rounds, for fwd and for full.
+    assert asked == pytest.approx([0.1, 0.1])
 
 
 def test_backward_is_timed_alone():
@@ -320,11 +539,44 @@ def test_csv_is_appended_read_back_and_never_mixed(tmp_path, bench):
     assert other.read_text() == "something,else\n1,2\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file or directory."),
+        (b"\x89PNG\r\n\x1a\n", "is not a CSV file."),
+        (b"a,b\n1,2\n", "has other columns than this program writes; name another file."),
+        (b"COLUMNS\nrms_norm,8x8\n", "line 2 is not a row of results."),
+        (b"COLUMNS\n" + b"x," * 22 + b"x\n", "line 2 is not a row of results."),
+    ],
+    ids=["missing", "binary", "columns", "short", "words"],
+)
+def test_a_file_that_is_none_of_ours_gets_one_sentence(tmp_path, capsys, content, sentence):
+    path = tmp_path / "rows.csv"
+    if content is not None:
+        path.write_bytes(content.replace(b"COLUMNS", ",".join(report.COLUMNS).encode()))
+        assert cli.main(["--csv", str(path), "--device", "cpu"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert cli.main(["--table", "--csv", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert sentence in printed.err
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_run(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "rows.csv"
+    assert cli.main(["--csv", str(path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == f"{path} cannot be written: File exists.\n"
+
+
 def test_table_is_printed_from_a_file(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     report.append(path, [row("a", 2.0), row("b", 1.0)])
     assert cli.main(["--table", "--csv", str(path)]) == 0
     assert "8x8  2.000  50%   1.000  50%*" in capsys.readouterr().out
+    assert cli.main(["swiglu", "--table", "--csv", str(path)]) == 0
+    assert "8x8" not in capsys.readouterr().out
 
 
 def test_table_marks_the_best_right_answer():
@@ -368,6 +620,12 @@ def test_plots_come_from_committed_files_only(tmp_path, capsys):
     report.append(path, [row("torch", 1.5)])
     with pytest.raises(ValueError, match="not committed"):
         plot.plot_files([path], tmp_path / "plots")
+
+
+def test_plots_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["--plot"]) == 2
+    assert capsys.readouterr().err == "Plots need matplotlib: pip install '.[bench]'.\n"
 
 
 def test_commit_says_when_files_differ_from_it(tmp_path):

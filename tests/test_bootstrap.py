@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,11 @@ def bootstrap(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH", raising=False)
     monkeypatch.setattr(module, "RECORD", tmp_path / "bootstrap.json")
     monkeypatch.setattr(module, "PYTHON", SCRIPT)
-    monkeypatch.setattr(module, "make_venv", lambda afresh: None)
+    monkeypatch.setattr(module, "make_venv", lambda afresh: module.made.append(afresh))
     monkeypatch.setattr(module, "has_gpu", lambda: False)
     monkeypatch.setattr(module, "has_torch", lambda: False)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
-    module.asked, module.refused = [], set()
+    module.asked, module.refused, module.made = [], set(), []
 
     def pip(*arguments, quiet=False):
         module.asked.append(arguments)
@@ -89,6 +91,31 @@ def test_the_second_time_does_nothing(bootstrap):
     before = len(bootstrap.asked)
     bootstrap.main()
     assert len(bootstrap.asked) == before > 0
+
+
+def test_what_an_interruption_left_is_used_if_it_is_the_same_python_with_pip(
+    bootstrap, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(bootstrap, "PYTHON", tmp_path / "python")
+    assert not bootstrap.usable()
+    for status in (1, 0):
+        bootstrap.PYTHON.write_text(f"#!/bin/sh\nexit {status}\n")
+        bootstrap.PYTHON.chmod(0o755)
+        bootstrap.main()
+        bootstrap.RECORD.unlink()
+    assert bootstrap.made == [True, False]
+
+    monkeypatch.setattr(bootstrap, "PYTHON", Path(sys.executable))
+    assert bootstrap.usable()
+    monkeypatch.setattr(bootstrap.sys, "version_info", (3, 99, 0))
+    assert not bootstrap.usable()
+
+
+def test_peers_are_an_extra_that_nothing_here_installs(bootstrap):
+    project = tomllib.loads((SCRIPT.parent.parent / "pyproject.toml").read_text())["project"]
+    peers = set(project["optional-dependencies"]["peers"])
+    assert all(peer.endswith("; platform_system == 'Linux'") for peer in peers)
+    assert not peers & set(bootstrap.requirements(project, "dev"))
 
 
 def test_a_failure_is_not_recorded(bootstrap):

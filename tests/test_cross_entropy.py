@@ -46,6 +46,17 @@ def test_is_what_torch_computes(device, reduction, label_smoothing, weighted):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_class_weights_are_constants(device, reduction):
+    logits, w = torch.randn(4, 5, device=device), torch.rand(5, device=device)
+    logits.requires_grad_()
+    w.requires_grad_()
+    target = torch.tensor([3, 0, 1, 4], device=device)
+    cross_entropy(logits, target, class_weight=w, reduction=reduction).sum().backward()
+    assert logits.grad is not None
+    assert w.grad is None
+
+
 def test_nothing_but_padding_gives_zero_not_nan(device):
     logits = torch.randn(3, 5, device=device, requires_grad=True)
     loss = cross_entropy(logits, torch.full((3,), -100, device=device))

@@ -581,6 +581,10 @@ def _need_first(need_dx: bool, x: Tensor, w: Tensor, k: float):
     return (x,)
 
 
+def _need_of_nothing(x: Tensor, w: Tensor, k: float, need_dv: bool):
+    return (x,)
+
+
 MISNAMED = {
     "annotation": (
         {"fwd": _annotated_wrongly},
@@ -601,6 +605,16 @@ MISNAMED = {
     "input not kept": (
         {"bwd": lambda x, dy, k: ()},
         "a second derivative needs `w`: bwd must name it, or the op be `linear` in it",
+    ),
+    "need of nothing": (
+        {"fwd": _need_of_nothing},
+        "fwd names `need_dv`, which is no need of a gradient",
+    ),
+    "rows of nothing": ({"rows": "x z"}, "rows names `z`, which is no input, result or residual"),
+    "sums of nothing": ({"sums": "z"}, "sums names `z`, which is no input, result or residual"),
+    "autocast of nothing": (
+        {"autocast": "v"},
+        "autocast names `v`, which is no input, result or residual",
     ),
     "need first": ({"fwd": _need_first}, "fwd must take its `need_` parameters last"),
 }

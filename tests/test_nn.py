@@ -80,6 +80,15 @@ def test_a_norm_starts_as_the_bare_norm():
         torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), eps=1e-6))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_without_eps_a_norm_takes_torchs(dtype):
+    x = torch.randn(3, 24, dtype=dtype) * 1e-3
+    # One rounding of bfloat16; another epsilon would change the values tenfold.
+    torch.testing.assert_close(
+        lnn.RMSNorm(24, eps=None, dtype=dtype)(x), F.rms_norm(x, (24,)), rtol=1e-2, atol=0.0
+    )
+
+
 def test_a_norm_refuses_several_dimensions():
     with pytest.raises(NotImplementedError, match=r"must have one dimension; got \(2, 3\)"):
         lnn.RMSNorm((2, 3))
@@ -103,6 +112,14 @@ def test_rotary_embedding_is_llamas(layout, batched):
     torch.testing.assert_close(ours(q, k, positions), want)
     if not batched:
         torch.testing.assert_close(ours(q, k), want)
+
+
+def test_a_rotary_embedding_turns_far_tokens_the_same_after_a_cast():
+    far = torch.tensor([4095])
+    exact = lnn.RotaryEmbedding(12)
+    cast = copy.deepcopy(exact).to(torch.bfloat16)
+    assert torch.equal(cast.cos_sin(far)[0], exact.cos_sin(far)[0])
+    assert cast.to("meta").inv_freq.is_meta
 
 
 LOSS_OPTIONS = [

@@ -51,7 +51,7 @@ def main() -> None:
     if found == wanted:
         return
 
-    make_venv(afresh=found.get("python", wanted["python"]) != wanted["python"])
+    make_venv(afresh=not usable())
     if wanted["torch"] or not has_torch():
         install_torch(wanted["torch"])
     say("installing the other requirements of pyproject.toml")
@@ -71,6 +71,12 @@ def requirements(project: dict, extra: str) -> list[str]:
         else:
             listed.append(requirement)
     return list(dict.fromkeys(listed))
+
+
+def usable() -> bool:
+    """Whether what is in .venv, perhaps after an interruption, is a Python like ours with pip."""
+    ours = f"import pip, sys; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
+    return succeeds(PYTHON, "-c", ours)
 
 
 def make_venv(afresh: bool) -> None:
@@ -102,7 +108,10 @@ def has_torch() -> bool:
 
 def succeeds(*command: str | Path) -> bool:
     quiet = subprocess.DEVNULL
-    return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
+    try:
+        return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
+    except OSError:  # no such program, or half of one
+        return False
 
 
 def install_torch(named: str | None) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_fn.functional import rms_norm
+from liger_fn.functional.core.launch import accumulator
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +19,7 @@ class RMSNorm(nn.Module):
     Args:
         normalized_shape: D, or (D,).
         eps: added to the mean square; None is torch.nn.RMSNorm's choice, the machine epsilon of
-            x.dtype.
+            float32 (of float64 for float64 x).
         elementwise_affine: whether there is a weight. It starts at 1 − offset, so that the norm
             starts as x̂.
         offset, cast_before_weight: see `liger_fn.functional.rms_norm`.
@@ -57,7 +58,7 @@ class RMSNorm(nn.Module):
             nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(accumulator(x.dtype)).eps if self.eps is None else self.eps
         return rms_norm(
             x,
             self.weight,

@@ -1,6 +1,7 @@
 """Rotary position embedding as a module."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ class RotaryEmbedding(nn.Module):
 
     Angles are position · base^(−2i/R) for pair i of R rotated features, computed in float32. There
     is no parameter and no state_dict key (`inv_freq` is a buffer that is not saved, as in Hugging
-    Face's class).
+    Face's class; it stays in float32 when the module is cast).
 
     Args:
         head_dim: C, the width of a head.
@@ -41,6 +42,15 @@ class RotaryEmbedding(nn.Module):
         self.interleaved, self.layout = interleaved, layout
         pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device)
         self.register_buffer("inv_freq", base ** (-pairs / self.rotary_dim), persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        # What moves and casts a module calls this. In 16 bits the angles of far tokens would be off
+        # by whole radians.
+        inv_freq = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype is not inv_freq.dtype:
+            self.inv_freq = inv_freq.to(self.inv_freq.device)
+        return self
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Give cos and sin (..., R/2) of positions (...), in float32."""

@@ -46,7 +46,11 @@ def why(device: torch.device) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Choose the backend within the block; code that is already compiled keeps its own."""
+    """Choose the backend within the block; code that is already compiled keeps its own.
+
+    The choice is the whole process's, for autograd runs backward passes in threads of its own: two
+    threads must not be in such blocks at once.
+    """
     global _backend
     if backend not in BACKENDS:
         raise ValueError(f"using: `backend` must be one of {', '.join(BACKENDS)}; got {backend!r}.")

@@ -90,7 +90,10 @@ def custom_vjp(
     Returns:
         A function of the inputs, positional, that returns the result or the tuple of results.
     """
-    names = read_names(name, fwd, bwd, results, residuals, grads, linear)
+    names = read_names(
+        name, fwd, bwd, results, residuals, grads, linear,
+        rows=rows, sums=sums, autocast=autocast,
+    )  # fmt: skip
     op = _Op(names, reference, on_device(fwd), on_device(bwd))
     op.define(frozenset(rows.split()), frozenset(sums.split()), core_dims)
     rules.autocast(op.fwd_op, name, names.fwd, set(autocast.split()), _LIBRARY)

@@ -83,9 +83,19 @@ class Names:
 
 
 def read_names(
-    op: str, fwd: Callable, bwd: Callable, results: str, residuals: str, grads: str, linear: str
+    op: str,
+    fwd: Callable,
+    bwd: Callable,
+    results: str,
+    residuals: str,
+    grads: str,
+    linear: str,
+    **declared: str,
 ) -> Names:
-    """Read and check the names of `op`; every mistake is a TypeError at import."""
+    """Read and check the names of `op`; every mistake is a TypeError at import.
+
+    `declared` are further declarations about inputs, results and residuals: they are only checked.
+    """
     annotations = {
         n: p.annotation for n, p in inspect.signature(fwd, eval_str=True).parameters.items()
     }
@@ -103,7 +113,7 @@ def read_names(
     names.types.update(dict.fromkeys(names.results + names.residuals, "Tensor?"))
     names.types.update(dict.fromkeys(names.cotangents, "Tensor?"))
     names.types.update(dict.fromkeys(names.needs, "bool"))
-    _check(names)
+    _check(names, declared)
     return names
 
 
@@ -116,16 +126,24 @@ def _schema_type(op: str, name: str, annotation: Any) -> str:
     return _SCHEMA_TYPES[annotation]
 
 
-def _check(names: Names) -> None:
+def _check(names: Names, declared: dict[str, str]) -> None:
     def contract(holds: bool, sentence: str) -> None:
         if not holds:
             raise TypeError(f"custom_vjp({names.op}): {sentence}.")
 
-    known = {*names.inputs, *names.results, *names.residuals, *names.cotangents, *names.needs}
+    kept = {*names.inputs, *names.results, *names.residuals}
     for n in names.bwd:
         contract(
-            n in known, f"bwd names `{n}`, which is no input, result, residual, cotangent or need"
+            n in {*kept, *names.cotangents, *names.needs},
+            f"bwd names `{n}`, which is no input, result, residual, cotangent or need",
         )
+    for n in names.fwd[len(names.inputs) :]:
+        contract(
+            n in names.inputs + names.needs, f"fwd names `{n}`, which is no need of a gradient"
+        )
+    for what, given in declared.items():
+        for n in given.split():
+            contract(n in kept, f"{what} names `{n}`, which is no input, result or residual")
     for n in names.grads + names.linear:
         contract(
             n in names.inputs and names.is_tensor(n), f"`{n}` is differentiated but no tensor input"

@@ -88,7 +88,8 @@ def reference_of_sum(**arguments: Any) -> Tensor:
 
 
 # The entries of g are probabilities: in a large vocabulary they lie where float16 has few bits left
-# or none. 256 times as large they do not, and cannot overflow unless a class weighs 255.
+# or none. 256 times as large they do not, and cannot overflow unless class weight, logit scale and
+# z-loss together take an entry to 255.
 _UNIT = {torch.float16: 256.0}
 
 _BUFFER_BYTES = 1 << 30
@@ -191,7 +192,7 @@ def fused_linear_cross_entropy_fwd(
     if not has_work(y):
         return x.new_zeros((), dtype=acc), unit_dweight, unit_dx, unit_dbias
 
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
+    x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
     dx = None if unit_dx is None else unit_dx.view(x.shape)
     loss, lse = x.new_empty((2, len(y)), dtype=acc)
     needed = need_dweight or need_dx or need_dbias
@@ -286,7 +287,7 @@ def fused_linear_cross_entropy_rows_fwd(
     lse = torch.empty_like(loss)
 
     if has_work(loss):
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
+        x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
         each_loss, each_lse = loss.view(-1), lse.view(-1)
         with _dtypes_as_given(x.device):
             for rows, logits, width in _chunks(weight, x, bias, chunk_size):
@@ -322,7 +323,7 @@ def fused_linear_cross_entropy_rows_bwd(
     dbias = make(weight.shape[:1], dtype=lse.dtype) if need_dbias else None
 
     if has_work(y):
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
+        x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
         lse, dloss = lse.reshape(-1), dloss.reshape(-1)
         each_dx = None if dx is None else dx.view(x.shape)
         with _dtypes_as_given(x.device):

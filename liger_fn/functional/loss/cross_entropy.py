@@ -107,7 +107,8 @@ def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_inde
         weight = counts.sum().to(total.dtype)
     else:
         t = target.clamp(0, class_weight.shape[0] - 1)
-        weight = (class_weight.to(total.dtype)[t] * counts).sum()
+        # Detached, for class weights are constants: the losses give them no gradient either.
+        weight = (class_weight.detach().to(total.dtype)[t] * counts).sum()
     return total / weight.masked_fill(weight == 0, math.inf)
 
 
@@ -166,6 +167,9 @@ def _cross_entropy_kernel(
     block = tl.arange(0, BLOCK_V)
 
     if NEED_LOSS:
+        # Read before the reductions, where warps wait for each other: dlogits may be logits itself,
+        # and a warp that runs ahead writes it.
+        x_t = tl.load(logits_ptr + t).to(COMPUTE)
         # Each lane keeps a maximum and a sum relative to it: one exponential an element, and no
         # lane waits for another before the end of the row.
         top = tl.full((BLOCK_V,), LOWEST, COMPUTE)
@@ -186,7 +190,6 @@ def _cross_entropy_kernel(
 
         highest = tl.where(live, tl.max(top, axis=0), 0.0)
         lse = highest + tl.log(tl.where(live, tl.sum(sums * tl.exp(top - highest), axis=0), 1.0))
-        x_t = tl.load(logits_ptr + t).to(COMPUTE)
         loss = hit * (lse - _scaled_and_capped(x_t, SCALE, CAP))
         if SMOOTHING != 0.0:
             loss += SMOOTHING * (total_weight * lse - tl.sum(weighted, axis=0)) / V
@@ -268,7 +271,8 @@ def launch_rows(
     written too: with a width of whole vectors a vocabulary of any size moves at full speed.
     """
     V = logits.shape[-1]
-    logits = (logits if logits.dim() > 1 else logits[None]).reshape(-1, *logits.shape[-2:])
+    logits = logits[None] if logits.dim() == 1 else logits
+    logits = logits.reshape(-1, *logits.shape[-2:])
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     target, class_weight = target.reshape(-1), unit_stride(class_weight)
     target, dloss = unit_stride(target), None if dloss is None else dloss.reshape(-1)

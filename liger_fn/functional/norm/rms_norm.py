@@ -57,7 +57,7 @@ def _scale(
     weight_ptr,
     col,
     in_d,
-    offset,
+    OFFSET: tl.constexpr,
     DTYPE: tl.constexpr,
     CAST: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -65,14 +65,14 @@ def _scale(
     if CAST:
         xhat = xhat.to(DTYPE).to(xhat.dtype)
     if HAS_WEIGHT:
-        xhat *= (tl.load(weight_ptr + col, mask=in_d, other=0.0).to(xhat.dtype) + offset)[None, :]
+        xhat *= (tl.load(weight_ptr + col, mask=in_d, other=0.0).to(xhat.dtype) + OFFSET)[None, :]
     return xhat
 
 
 @triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride_n, N, D, offset,
-    EPS: tl.constexpr, CAST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride_n, N, D,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,7 +85,7 @@ def _rms_norm_fwd_kernel(
 
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + EPS)
     y = _scale(
-        x * rstd[:, None], weight_ptr, col, in_d, offset, y_ptr.dtype.element_ty, CAST, HAS_WEIGHT
+        x * rstd[:, None], weight_ptr, col, in_d, OFFSET, y_ptr.dtype.element_ty, CAST, HAS_WEIGHT
     )
 
     tl.store(y_ptr + row[:, None] * D + col[None, :], y, mask=inside)
@@ -94,8 +94,8 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_fwd_wide_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride_n, D, offset,
-    EPS: tl.constexpr, CAST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride_n, D,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -116,7 +116,7 @@ def _rms_norm_fwd_wide_kernel(
             weight_ptr,
             col,
             col < D,
-            offset,
+            OFFSET,
             y_ptr.dtype.element_ty,
             CAST,
             HAS_WEIGHT,
@@ -144,18 +144,17 @@ def rms_norm_fwd(
         N, D = rows.shape
         options = {
             "EPS": eps,
+            "OFFSET": offset,
             "CAST": cast_before_weight,
             "HAS_WEIGHT": weight is not None,
             "COMPUTE": triton_dtype(rstd.dtype),
             **_rms_norm_fwd_config(D),
         }
         if D > _WIDEST_FWD:
-            _rms_norm_fwd_wide_kernel[(N,)](
-                rows, weight, y, rstd, rows.stride(0), D, offset, **options
-            )
+            _rms_norm_fwd_wide_kernel[(N,)](rows, weight, y, rstd, rows.stride(0), D, **options)
         else:
             _rms_norm_fwd_kernel[(cdiv(N, options["BLOCK_N"]),)](
-                rows, weight, y, rstd, rows.stride(0), N, D, offset, **options
+                rows, weight, y, rstd, rows.stride(0), N, D, **options
             )
     return y, rstd
 
@@ -163,8 +162,9 @@ def rms_norm_fwd(
 @triton.jit
 def _rms_norm_bwd_kernel(
     x_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, part_ptr,
-    x_stride_n, dy_stride_n, N, D, strip, offset,
-    HAS_WEIGHT: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
+    x_stride_n, dy_stride_n, N, D, strip,
+    OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -172,7 +172,7 @@ def _rms_norm_bwd_kernel(
     in_d = col < D
     scale = tl.full((BLOCK_D,), 1.0, COMPUTE)
     if HAS_WEIGHT:
-        scale = tl.load(weight_ptr + col, mask=in_d, other=0.0).to(COMPUTE) + offset
+        scale = tl.load(weight_ptr + col, mask=in_d, other=0.0).to(COMPUTE) + OFFSET
     dweight = tl.zeros((BLOCK_D,), COMPUTE)
 
     for step in range(0, strip, BLOCK_N):
@@ -201,8 +201,8 @@ def _rms_norm_bwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_wide_dx_kernel(
-    x_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, x_stride_n, dy_stride_n, D, offset,
-    HAS_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, x_stride_n, dy_stride_n, D,
+    OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
@@ -212,7 +212,7 @@ def _rms_norm_bwd_wide_dx_kernel(
         x = tl.load(x_ptr + row * x_stride_n + col, mask=col < D, other=0.0).to(COMPUTE)
         g = tl.load(dy_ptr + row * dy_stride_n + col, mask=col < D, other=0.0).to(COMPUTE)
         if HAS_WEIGHT:
-            g *= tl.load(weight_ptr + col, mask=col < D, other=0.0).to(COMPUTE) + offset
+            g *= tl.load(weight_ptr + col, mask=col < D, other=0.0).to(COMPUTE) + OFFSET
         dots += g * x * rstd
 
     mean = tl.sum(dots, axis=0) / D
@@ -222,7 +222,7 @@ def _rms_norm_bwd_wide_dx_kernel(
         x = tl.load(x_ptr + row * x_stride_n + col, mask=col < D, other=0.0).to(COMPUTE)
         g = tl.load(dy_ptr + row * dy_stride_n + col, mask=col < D, other=0.0).to(COMPUTE)
         if HAS_WEIGHT:
-            g *= tl.load(weight_ptr + col, mask=col < D, other=0.0).to(COMPUTE) + offset
+            g *= tl.load(weight_ptr + col, mask=col < D, other=0.0).to(COMPUTE) + OFFSET
         tl.store(dx_ptr + row * D + col, rstd * (g - x * rstd * mean), mask=col < D)
 
 
@@ -253,7 +253,9 @@ def _rms_norm_bwd_wide_dweight_kernel(
 
 
 @triton.jit
-def _sum_parts_kernel(part_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_parts_kernel(
+    part_ptr, out_ptr, P, D, COMPUTE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_P, BLOCK_D), part_ptr.dtype.element_ty)
     for start in range(0, P, BLOCK_P):
@@ -263,14 +265,18 @@ def _sum_parts_kernel(part_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: t
             part_ptr + p[:, None].to(tl.int64) * D + col[None, :], mask=inside, other=0.0
         )
 
-    tl.store(out_ptr + col, tl.sum(total, axis=0), mask=col < D)
+    # By way of float32: Triton's interpreter cannot round float64 to bfloat16.
+    tl.store(out_ptr + col, tl.sum(total, axis=0).to(COMPUTE), mask=col < D)
 
 
 def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Add parts (P, D) in a fixed order and round once."""
     P, D = parts.shape
     out = parts.new_empty(D, dtype=dtype)
-    _sum_parts_kernel[(cdiv(D, 32),)](parts, out, P, D, BLOCK_P=64, BLOCK_D=32, num_warps=4)
+    compute = triton_dtype(accumulator(dtype))
+    _sum_parts_kernel[(cdiv(D, 32),)](
+        parts, out, P, D, COMPUTE=compute, BLOCK_P=64, BLOCK_D=32, num_warps=4
+    )
     return out
 
 
@@ -312,14 +318,14 @@ def rms_norm_bwd(
 
     if D <= _WIDEST_BWD:
         _rms_norm_bwd_kernel[(programs,)](
-            x, weight, rstd, dy, dx, parts, *strides, N, D, strip, offset,
-            HAS_WEIGHT=weight is not None, NEED_DX=need_dx, NEED_DWEIGHT=need_dweight,
-            COMPUTE=compute, **_rms_norm_bwd_config(D),
+            x, weight, rstd, dy, dx, parts, *strides, N, D, strip,
+            OFFSET=offset, HAS_WEIGHT=weight is not None,
+            NEED_DX=need_dx, NEED_DWEIGHT=need_dweight, COMPUTE=compute, **_rms_norm_bwd_config(D),
         )  # fmt: skip
     else:
         if need_dx:
             _rms_norm_bwd_wide_dx_kernel[(N,)](
-                x, weight, rstd, dy, dx, *strides, D, offset,
+                x, weight, rstd, dy, dx, *strides, D, OFFSET=offset,
                 HAS_WEIGHT=weight is not None, COMPUTE=compute, BLOCK_D=4096, num_warps=8,
             )  # fmt: skip
         if need_dweight:
@@ -368,7 +374,7 @@ def rms_norm(
         (..., D), dtype of x, contiguous.
 
     Raises:
-        TypeError: x or weight is not a floating-point tensor.
+        TypeError: x or weight is not a floating-point tensor, eps or offset is no number.
         ValueError: weight does not have shape (D,), or lies on another device.
 
     Precision: statistics, products and dweight in float32 (float64 for float64 inputs); every
@@ -382,4 +388,6 @@ def rms_norm(
         check.floating("rms_norm", "weight", weight)
         check.shape("rms_norm", "weight", weight, x.shape[-1:], "the last size of `x`")
         check.device("rms_norm", "weight", weight, x, "x")
+    check.number("rms_norm", "eps", eps, "be a number", True)
+    check.number("rms_norm", "offset", offset, "be a number", True)
     return _rms_norm(x, weight, eps, offset, cast_before_weight)

@@ -15,7 +15,7 @@ def case(*shape: int, id: str = "", bias: bool = False, weighted: bool = False, 
 
     def make(draw):
         arguments = {
-            "weight": draw.normal(V, H, scale=H**-0.5),
+            "weight": draw.normal(V, H, scale=max(1, H) ** -0.5),
             "x": draw.normal(*rows, H),
             "y": targets(draw, V, *rows, ignore_index=options.get("ignore_index", -100)),
             **options,
@@ -91,6 +91,8 @@ SPEC = OpSpec(
         case(6, 9, id="single-row"),
         case(0, 6, 9),
         case(3, 5, 1),
+        case(3, 0, 5, bias=True, id="no-features"),
+        case(3, 0, 5, reduction="none", id="no-features-rows"),
         case(2, 7, 16, 130, chunk_size=4),
         case(40, 64, 1000, chunk_size=16),
         case(37, 64, 1000, chunk_size=16, reduction="none", id="37x64x1000-rows"),

@@ -35,7 +35,7 @@ def benchmark(N: int, D: int) -> Benchmark:
     )
 
 
-_FLOATS = {"rstd_ptr": "*fp32", "part_ptr": "*fp32", "offset": "fp32"}
+_FLOATS = {"rstd_ptr": "*fp32", "part_ptr": "*fp32"}
 
 
 def compilation(id: str, kernel, num_warps: int, **constants) -> Compilation:
@@ -46,16 +46,17 @@ def compilation(id: str, kernel, num_warps: int, **constants) -> Compilation:
 
 
 def kernels() -> list[Compilation]:
-    compute = {"COMPUTE": tl.float32}
+    compute, offset = {"COMPUTE": tl.float32}, {"OFFSET": 0.0}
     weighted = {"HAS_WEIGHT": True, **compute}
     out = []
     for D in (128, 2048, 4096, 5120, 8192, 16384, 65536):
         wide = D > room._WIDEST_FWD
         kernel = room._rms_norm_fwd_wide_kernel if wide else room._rms_norm_fwd_kernel
-        config = {"EPS": 1e-6, "CAST": False, **weighted, **room._rms_norm_fwd_config(D)}
+        config = {"EPS": 1e-6, "CAST": False, **offset, **weighted, **room._rms_norm_fwd_config(D)}
         out.append(compilation(f"fwd-{D}", kernel, **config))
     for D in (128, 2048, 4096, 5120, 8192):
-        config = {"NEED_DX": True, "NEED_DWEIGHT": True, **weighted, **room._rms_norm_bwd_config(D)}
+        needs = {"NEED_DX": True, "NEED_DWEIGHT": True}
+        config = {**needs, **offset, **weighted, **room._rms_norm_bwd_config(D)}
         out.append(compilation(f"bwd-{D}", room._rms_norm_bwd_kernel, **config))
     wide_dx, wide_dweight = (
         room._rms_norm_bwd_wide_dx_kernel,
@@ -63,9 +64,9 @@ def kernels() -> list[Compilation]:
     )
     return [
         *out,
-        compilation("bwd-wide-dx", wide_dx, 8, **weighted, BLOCK_D=4096),
+        compilation("bwd-wide-dx", wide_dx, 8, **offset, **weighted, BLOCK_D=4096),
         compilation("bwd-wide-dweight", wide_dweight, 4, **compute, BLOCK_N=8, BLOCK_D=256),
-        compilation("sum-parts", room._sum_parts_kernel, 4, BLOCK_P=64, BLOCK_D=32),
+        compilation("sum-parts", room._sum_parts_kernel, 4, **compute, BLOCK_P=64, BLOCK_D=32),
     ]
 
 
@@ -138,6 +139,18 @@ SPEC = OpSpec(
             lambda d: {"x": d.normal(4, 8), "weight": torch.ones(8, device="meta")},
             ValueError,
             "`weight` must be on the device of `x`",
+        ),
+        BadCall(
+            "eps none",
+            lambda d: {"x": d.normal(4, 8), "eps": None},
+            TypeError,
+            "`eps` must be a number; got NoneType.",
+        ),
+        BadCall(
+            "offset tensor",
+            lambda d: {"x": d.normal(4, 8), "offset": d.normal()},
+            TypeError,
+            "`offset` must be a number; got Tensor.",
         ),
     ),
     kernels=kernels,
