@@ -30,5 +30,6 @@ clean:  ## remove .venv, caches and what the demo wrote
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:
-	@test -n "$(PYTHON)" || { echo "liger_fn needs Python 3.11, 3.12 or 3.13; none was found"; exit 1; }
-	@$(PYTHON) tools/bootstrap.py
+	@"$(PYTHON)" -c "$(SUPPORTED)" 2>/dev/null || \
+		{ echo "liger_fn needs Python 3.11, 3.12 or 3.13; got PYTHON='$(PYTHON)'"; exit 1; }
+	@"$(PYTHON)" tools/bootstrap.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ usage: python -m liger_fn COMMAND [OPTION ...]
   info     versions, the device, and which backend will run on it and why
   verify   check every op on this machine against PyTorch, and print a table
   train    train a model unpatched and patched, and compare losses, speed and memory
+  models   try every model type of transformers, and print which ops it gets and why not the rest
 
 Each command has its own --help.
 """
@@ -43,7 +45,36 @@ def train(arguments: list[str]) -> int:
     return main(asked)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"info": info, "verify": verify, "train": train}
+def models(arguments: list[str]) -> int:
+    import argparse
+
+    tasks = ("causal-lm", "image-text-to-text")
+    parser = argparse.ArgumentParser(
+        "python -m liger_fn models",
+        description="Make every model type of transformers small, train it for a step untouched "
+        "and with everything applied, compare, and say which ops it gets and why not the rest. "
+        "Needs no network; takes about a minute.",
+    )
+    parser.add_argument("task", nargs="?", choices=tasks, help="default: both tasks")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="only these types")
+    parser.add_argument("--markdown", action="store_true", help="only the table of the README")
+    asked = parser.parse_args(arguments)
+    # Some configurations would ask the network for one of their parts.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from liger_fn.testing.architectures import main
+
+    try:
+        return main([asked.task] if asked.task else list(tasks), asked.only, asked.markdown)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "info": info,
+    "verify": verify,
+    "train": train,
+    "models": models,
+}
 
 
 def main(arguments: list[str]) -> int:

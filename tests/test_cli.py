@@ -27,7 +27,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 def test_without_arguments_it_helps():
     done = python("-m", "liger_fn")
     assert done.returncode == 0
-    for command in ("info", "verify", "train"):
+    for command in ("info", "verify", "train", "models"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -44,7 +44,7 @@ def test_version(capsys):
 
 def test_unknown_command(capsys):
     assert main(["tarin"]) == 2
-    assert "must be one of info, verify, train; got 'tarin'" in capsys.readouterr().err
+    assert "must be one of info, verify, train, models; got 'tarin'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_unknown_command(capsys):
         "from liger_fn.__main__ import main; main(['--help'])",
         "from liger_fn.__main__ import main; main(['train', '--help'])",
         "from liger_fn.__main__ import main; main(['info', '--help'])",
+        "from liger_fn.__main__ import main; main(['models', '--help'])",
     ],
 )
 def test_starts_without_anything_heavy(statement):

@@ -1,136 +1,114 @@
 """Every causal and image-text architecture of transformers, small, with every op in it that fits.
 
 Loss and all gradients must be those of the untouched model, and undoing must leave it untouched.
-The counts may not fall below what was measured on a version of transformers.
+The counts may not fall below those of the README, where they were measured on the newest version of
+transformers that is not newer than this one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections import Counter
-from dataclasses import dataclass, field
+import re
+from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from packaging.version import Version
 
-from liger_fn import functional
-from liger_fn.functional import using
+from liger_fn.__main__ import main
 from liger_fn.hf import apply
-from liger_fn.hf.install import installed, op_names
-from liger_fn.testing import tiny_models
-from liger_fn.testing.tiny_models import loss_and_gradients
+from liger_fn.testing import architectures, tiny_models
+from liger_fn.testing.architectures import OPS, counts, difference, markdown, row_name, try_all
 
-# By the oldest version of transformers they were measured on: the architectures that run, and those
-# in which an op is called.
-OPS = ("run", "fused_linear_cross_entropy", "rms_norm", "rope", "swiglu", "geglu")
-FLOORS = {
-    ("5.17", "causal-lm"): (166, 165, 103, 106, 83, 12),
-    ("5.17", "image-text-to-text"): (68, 67, 61, 62, 54, 6),
-    ("5.24", "causal-lm"): (192, 188, 124, 127, 102, 12),
-    ("5.24", "image-text-to-text"): (83, 82, 75, 74, 66, 6),
-}
-
-
-@dataclass
-class Outcome:
-    """What became of one architecture."""
-
-    model_type: str
-    ops: dict[str, int] = field(default_factory=dict)
-    skipped: str = ""
-    wrong: str = ""
-
-
-def difference(got, expected) -> str:
-    """Say what differs; nothing if nothing does.
-
-    Sums in another order differ by a few 1e-6 of the largest gradient of a tensor; experts and
-    recurrences magnify that. What is dropped or doubled shows a hundred times more.
-    """
-    loss, gradients = got
-    expected_loss, expected_gradients = expected
-    if not torch.allclose(loss, expected_loss, rtol=1e-5, atol=1e-6):
-        return f"loss {loss.item():.6f} instead of {expected_loss.item():.6f}"
-    if gradients.keys() != expected_gradients.keys():
-        return f"gradients of {sorted(gradients.keys() ^ expected_gradients.keys())[:3]}"
-    for name, gradient in gradients.items():
-        size = expected_gradients[name].abs().max().item() + 1e-4
-        error = (gradient - expected_gradients[name]).abs().max().item()
-        if not error <= 2e-3 * size:
-            return f"gradient of {name}: off by {error:.1e}, its size is {size:.1e}"
-    return ""
-
-
-def try_architecture(model_type: str, task: str) -> Outcome:
-    outcome = Outcome(model_type)
-    try:
-        model = tiny_models.with_every_tail(tiny_models.tiny_model(model_type, task))
-        inputs = tiny_models.tiny_inputs(model)
-        expected = loss_and_gradients(model, inputs)
-    except Exception as error:
-        outcome.skipped = f"{type(error).__name__}: {error}".split("\n")[0][:100]
-        return outcome
-    report = apply(model)
-    extra = {"skip_logits": True} if "fused_linear_cross_entropy" in report.replaced() else {}
-    with counted_calls() as outcome.ops:
-        outcome.wrong = difference(loss_and_gradients(model, {**inputs, **extra}), expected)
-    report.undo()
-    if installed(model) or difference(loss_and_gradients(model, inputs), expected):
-        outcome.wrong += " not undone"
-    return outcome
-
-
-@contextlib.contextmanager
-def counted_calls():
-    """Count the calls of every op: what is installed may still be idle."""
-    calls: Counter[str] = Counter()
-
-    def counted(name, op):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in op_names():
-            patch.setattr(functional, name, counted(name, getattr(functional, name)))
-        yield calls
-
-
-def table(task: str, outcomes: list[Outcome]) -> str:
-    ran = [o for o in outcomes if not o.skipped]
-    lines = [f"{task}, transformers {transformers.__version__}: {len(ran)} of {len(outcomes)} run"]
-    lines += [f"  {op:28} {n:4}" for op, n in sorted(counts(outcomes).items())]
-    lines += [f"  wrong: {o.model_type}: {o.wrong}" for o in outcomes if o.wrong]
-    lines += [f"  skipped: {o.model_type}: {o.skipped}" for o in outcomes if o.skipped]
-    return "\n".join(lines)
-
-
-def counts(outcomes: list[Outcome]) -> dict[str, int]:
-    """The number of architectures that run, and of those in which each op is used."""
-    ran = [o for o in outcomes if not o.skipped]
-    return {"run": len(ran), **Counter(op for o in ran for op in o.ops)}
+README = Path(__file__).parent.parent / "README.md"
 
 
 def floor_of(task: str) -> dict[str, int]:
+    """The README's row for a task: how many architectures run, and get which op."""
+    name = re.escape(row_name(task).split(", ")[1])
+    rows = re.findall(rf"^\| ([\d.]+), {name} \| (.*) \|$", README.read_text("utf-8"), re.MULTILINE)
     here = Version(transformers.__version__)
-    known = [version for version, t in FLOORS if t == task and Version(version) <= here]
-    return dict(zip(OPS, FLOORS[max(known, key=Version), task], strict=True))
+    known = {Version(version): cells for version, cells in rows if Version(version) <= here}
+    numbers = [int(cell.split()[0]) for cell in known[max(known)].split(" | ")]
+    return dict(zip(("run", *OPS), numbers, strict=True))
 
 
 @pytest.mark.parametrize("task", list(tiny_models.MAPPINGS))
 def test_every_architecture_is_equal_with_all_ops(task: str, capsys) -> None:
-    transformers.logging.set_verbosity_error()
     types = [t for t in tiny_models.model_types(task) if t not in tiny_models.NOT_TRAINABLE]
-    with using("reference"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        outcomes = [try_architecture(model_type, task) for model_type in types]
+    outcomes = try_all(task, types)
     with capsys.disabled():
-        print("\n" + table(task, outcomes))
+        print("\n" + markdown({task: outcomes}))
     assert not [(o.model_type, o.wrong) for o in outcomes if o.wrong]
     found = counts(outcomes)
-    assert all(found.get(op, 0) >= least for op, least in floor_of(task).items())
+    short = {name: least for name, least in floor_of(task).items() if found[name] < least}
+    assert not short, {o.model_type: o.skipped for o in outcomes if o.skipped}
+
+
+def test_the_readme_has_the_head_of_the_table():
+    assert markdown({}) in README.read_text("utf-8")
+
+
+# `python -m liger_fn models`
+
+
+def test_models_says_what_is_replaced_and_why_not_the_rest(capsys):
+    assert main(["models", "causal-lm", "--only", "llama", "gpt2", "gemma3n"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"causal-lm, transformers {transformers.__version__}"
+    words = {line.split()[0]: line.split()[1:6] for line in lines if line}
+    assert words["llama"] == ["yes", "yes", "yes", "yes", "-"]
+    assert words["gpt2"] == ["yes", "-", "-", "-", "-"]
+    assert "GPT2MLP has parameters outside its linear layers" in "\n".join(lines)
+    assert lines[-1].startswith(f"| {row_name('causal-lm')} | ")
+
+
+def test_models_tries_both_tasks_and_prints_the_table_of_the_readme(capsys):
+    assert main(["models", "--markdown", "--only", "gemma3"]) == 0
+    *_, causal, image = capsys.readouterr().out.splitlines()
+    assert causal == f"| {row_name('causal-lm')} | 1 of 1 | 1 | 1 | 1 | 0 | 1 |"
+    assert image == f"| {row_name('image-text-to-text')} | 1 of 1 | 1 | 1 | 1 | 0 | 1 |"
+
+
+def test_models_that_cannot_be_run_say_why(capsys):
+    assert main(["models", "image-text-to-text", "--only", "udop"]) == 0
+    text = capsys.readouterr().out
+    assert "cannot be run here: ValueError: Bbox is required" in text
+    assert "| 0 of 1 | 0 | 0 | 0 | 0 | 0 |" in text
+
+
+def test_models_that_are_not_equal_are_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(architectures.functional, "swiglu", lambda gate, up: gate * up)
+    assert main(["models", "causal-lm", "--only", "llama"]) == 0
+    assert "LlamaMLP is not swiglu or geglu" in capsys.readouterr().out
+
+    def apply_and_spoil(model):
+        report = apply(model)
+        model.lm_head.weight.data.mul_(2)
+        return report
+
+    monkeypatch.setattr(architectures, "apply", apply_and_spoil)
+    assert main(["models", "causal-lm", "--only", "llama"]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"WRONG: loss \S+ instead of \S+ not undone", text)
+    assert "| 0 of 1 |" in text
+
+
+def test_differences_in_gradients_are_told():
+    model = tiny_models.tiny_model("llama")
+    loss, gradients = tiny_models.loss_and_gradients(model, tiny_models.tiny_inputs(model))
+    name = "model.norm.weight"
+    fewer = {key: value for key, value in gradients.items() if key != name}
+    assert difference((loss, fewer), (loss, gradients)) == f"gradients of {[name]}"
+    doubled = {**gradients, name: 2 * gradients[name]}
+    assert f"gradient of {name}: off by" in difference((loss, doubled), (loss, gradients))
+    assert not difference((loss, gradients), (loss, gradients))
+
+
+def test_models_refuses_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["models", "--only", "lama"])
+    assert "`--only` must name model types of the task; got 'lama'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["models", "causal"])
+    refusal = capsys.readouterr().err
+    assert all(task in refusal for task in tiny_models.MAPPINGS)

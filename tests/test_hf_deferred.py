@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import operator
+import pickle
 
+import einops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.trainer_pt_utils import nested_concat
 
 from liger_fn import functional
 from liger_fn.functional import using
-from liger_fn.hf.deferred import FUSED, Deferred, DeferringHead, swap
+from liger_fn.hf.deferred import Deferred
+from liger_fn.hf.output_head import FUSED, DeferringHead, swap
 
 ROWS, TOKENS, HIDDEN, VOCAB = 2, 5, 8, 11
 
@@ -213,3 +219,85 @@ def test_the_op_runs_inside_the_head_s_hooks(head, hidden, target):
     assert not events
     F.cross_entropy(lazy.view(-1, VOCAB), target)
     assert events == ["before", "after"]
+
+
+# What users do with `outputs.logits`.
+
+
+def test_what_is_born_without_a_graph_has_none(head, hidden):
+    with torch.no_grad():
+        real, lazy = real_and_deferred(head, hidden)
+    assert not lazy.requires_grad
+    np.testing.assert_allclose(np.asarray(lazy), real.numpy(), rtol=1e-6)
+    assert np.asarray(lazy, dtype=np.float16).dtype == np.float16
+    assert np.argmax(lazy, -1).shape == (ROWS, TOKENS)
+
+
+def test_numpy_asks_for_detach_as_always(head, hidden):
+    _, lazy = real_and_deferred(head, hidden)
+    with pytest.raises(RuntimeError, match=r"Use tensor.detach\(\).numpy\(\) instead"):
+        np.asarray(lazy)
+    assert np.asarray(lazy.detach()).shape == lazy.shape
+
+
+def test_inference_mode(head, hidden):
+    with torch.inference_mode():
+        real, lazy = real_and_deferred(head, hidden.detach())
+    assert torch.equal(lazy.argmax(-1), real.argmax(-1))
+
+
+def test_saved_are_the_logits_and_not_the_head(head, hidden):
+    real, lazy = real_and_deferred(head, hidden)
+    file = io.BytesIO()
+    torch.save({"logits": lazy}, file)
+    file.seek(0)
+    for copied in (torch.load(file)["logits"], pickle.loads(pickle.dumps(lazy))):
+        assert type(copied) is torch.Tensor
+        torch.testing.assert_close(copied.detach(), real.detach())
+
+
+def test_logits_that_would_come_from_a_later_head_are_refused(head, hidden, target):
+    real, lazy = real_and_deferred(head, hidden)
+    _, read = real_and_deferred(head, hidden)
+    read.sum()
+    with torch.no_grad():
+        head.weight.add_(1.0)
+    torch.testing.assert_close(read.exp(), real.exp())
+    for use in (lambda: lazy.argmax(-1), lambda: F.cross_entropy(lazy.view(-1, VOCAB), target)):
+        with pytest.raises(RuntimeError, match="must be read before the output head changes"):
+            use()
+
+
+def test_logits_of_functional_call_are_refused_outside_of_it(head, hidden):
+    head._liger_mode = FUSED
+    doubled = {name: 2 * p for name, p in head.named_parameters()}
+    lazy = torch.func.functional_call(head, doubled, (hidden,))
+    with pytest.raises(RuntimeError, match="got a head with other weights"):
+        lazy.argmax(-1)
+
+
+def test_read_outside_of_autocast(head, hidden, target, fused):
+    with torch.autocast("cpu", torch.bfloat16):
+        real, lazy = real_and_deferred(head, hidden.detach().bfloat16())
+    assert real.dtype == lazy.dtype == torch.bfloat16
+    assert torch.equal(lazy.detach(), real)
+    loss = F.cross_entropy(lazy.float().view(-1, VOCAB), target)
+    torch.testing.assert_close(loss, F.cross_entropy(real.float().view(-1, VOCAB), target))
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z: pytest.importorskip("accelerate.utils").concatenate([z, z]),
+        lambda z: pytest.importorskip("accelerate.utils").pad_across_processes(z),
+        lambda z: einops.rearrange(z, "b t v -> (b t) v"),
+        lambda z: torch.vmap(torch.sum)(z),
+        lambda z: nested_concat(z, z),
+    ],
+)
+def test_who_takes_only_tensors_says_what_to_do(head, hidden, use):
+    _, lazy = real_and_deferred(head, hidden)
+    with pytest.raises(Exception, match=r"call its materialize\(\), or the model with skip_logits"):
+        use(lazy)
+    assert use(lazy.materialize()).numel()

@@ -13,9 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from liger_fn import functional
 from liger_fn.functional import using
-from liger_fn.hf import apply, kernel_mapping, patched
-from liger_fn.hf.deferred import DeferringHead
+from liger_fn.hf import apply, kernel_mapping, patched, undo
 from liger_fn.hf.install import installed
+from liger_fn.hf.output_head import DeferringHead
 from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_inputs, tiny_model
 
 needs_accelerate = pytest.mark.skipif(
@@ -103,6 +103,19 @@ def test_lora(model, inputs, fused, case, order):
     report.undo()
     assert not any(isinstance(module, DeferringHead) for module in tuned.modules())
     assert_same(loss_and_gradients(tuned, inputs), expected)
+
+
+@needs_peft
+def test_a_wrapper_that_names_no_task(model, inputs, fused):
+    import peft
+
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).train()
+    report = apply(tuned)
+    assert report.model == "LlamaForCausalLM"
+    tuned(**inputs).loss.backward()
+    assert len(fused) == 1
+    undo(tuned)
+    assert not installed(model)
 
 
 @needs_peft

@@ -23,6 +23,7 @@ from liger_fn.hf import (
     apply,
     apply_to_llama,
     patched,
+    undo,
 )
 from liger_fn.hf.deferred import Deferred
 from liger_fn.hf.install import installed
@@ -420,8 +421,7 @@ def test_a_deepcopy_stays_patched_and_is_its_own(model, inputs, calls):
     assert not installed(model)
     assert_same(loss_and_gradients(twin, inputs), expected)
     assert calls["fused_linear_cross_entropy"] == 2
-    for patch in installed(twin):
-        patch.undo()
+    undo(twin)
     assert type(twin) is LlamaForCausalLM
     assert_same(loss_and_gradients(twin, inputs), expected)
 
@@ -529,9 +529,36 @@ def test_bad_arguments(model):
         apply(model, ops=["layernorm"])
     with pytest.raises(ValueError, match="`verify` must be True or 'full'; got False"):
         apply(model, verify=False)
-    with pytest.raises(TypeError, match="geglu"):
-        apply_to_llama(geglu=True, model=model)
+    for ops in (3, {"rope": False}):
+        with pytest.raises(TypeError, match="`ops` must be a collection of names; got"):
+            apply(model, ops=ops)
     assert not installed(model)
+
+
+@pytest.mark.parametrize("name", ["model", "module", "_orig_mod"])
+def test_what_has_a_model_is_not_one(model, name):
+    class Wrapper(nn.Module):
+        pass
+
+    wrapper = Wrapper()
+    setattr(wrapper, name, model)
+    with pytest.raises(TypeError, match=rf"got Wrapper \(pass its `.{name}`\)"):
+        apply(wrapper)
+
+
+def test_bad_flags(model):
+    known = "rope, swiglu, cross_entropy, fused_linear_cross_entropy, rms_norm, model"
+    with pytest.raises(TypeError, match=f"a flag must be one of {known}; got 'geglu'"):
+        apply_to_llama(geglu=True, model=model)
+    with pytest.raises(TypeError, match="`rope` must be True or False; got LlamaForCausalLM"):
+        apply_to_llama(model)
+    assert not installed(model)
+    assert "post_init" not in modeling_llama.LlamaPreTrainedModel.__dict__
+
+
+def test_autocast_and_the_default_dtype_do_not_hide_anything(model):
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert apply(model).replaced() == ALL
 
 
 def test_a_head_that_another_library_has_changed_is_left_alone(model, inputs):

@@ -56,6 +56,15 @@ def test_a_clamp_that_ordinary_inputs_do_not_reach(model_type, task):
     assert all("the results differ" in why for why in reasons)
 
 
+@pytest.mark.parametrize("width", [16, 48, 80])
+def test_a_norm_that_insists_on_its_width(width):
+    assert prove(NORM, nn.RMSNorm(width, eps=1e-6)).candidate.op == "rms_norm"
+
+
+def test_the_report_has_no_line_about_attention():
+    assert not any("Attention" in row.name for row in apply(tiny_model("bert")).rows)
+
+
 def test_dropout_that_evaluation_does_not_show():
     dropping = tiny_model("seed_oss", residual_dropout=0.1).eval()
     assert "dropout" in outcomes(dropping)["SeedOssMLP"][0]

@@ -340,7 +340,7 @@ class TestReport:
     def test_table(self):
         lines = report.table(self.RUNS).splitlines()
         assert lines[0].split() == ["step", "unpatched", "patched", "largest", "difference"]
-        assert lines[2].split() == ["2-2", "3.0000", "3.5000", "5.0e-01"]
+        assert lines[2].split() == ["2", "3.0000", "3.5000", "5.0e-01"]
         assert lines[-2].split()[-4:] == ["1,000", "1,500", "1.50", "x"]
         assert lines[-1].split()[-4:] == ["2,048", "1,024", "0.50", "x"]
 

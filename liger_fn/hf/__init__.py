@@ -11,7 +11,7 @@ transformers; they are made when they are first named.
 
 from __future__ import annotations
 
-from liger_fn.hf.install import Report, apply, patched
+from liger_fn.hf.install import Report, apply, patched, undo
 from liger_fn.hf.kernels import kernel_mapping
 from liger_fn.hf.names import (
     ApplyTo,
@@ -28,6 +28,7 @@ __all__ = [
     "apply",
     "kernel_mapping",
     "patched",
+    "undo",
 ]
 
 

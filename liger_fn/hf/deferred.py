@@ -5,33 +5,22 @@ own code runs on it: it shifts, slices, reshapes, scales, soft-caps and casts it
 is only written down. When it reaches `F.cross_entropy`, the head is called a second time, now with
 the targets, and runs the fused op where its weight is at hand: inside its own hooks (FSDP, ZeRO-3,
 offloading). Whatever is asked of a `Deferred` that it does not understand, it answers as the real
-logits would.
-
-Both the head and the model keep their object and only change class, to a subclass of the same name.
-A copy (deepcopy) stays as it is; a pickle holds the original classes.
+logits would. How the head comes to return one is in `output_head.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import copyreg
 import functools
-import inspect
 import math
 from collections.abc import Callable
-from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 
 from liger_fn import functional
-from liger_fn.hf.probe import Rejected, check_own, is_own
-
-FUSED, PLAIN = "fused_linear_cross_entropy", "cross_entropy"
 
 
 def _recorded(method: Callable) -> Callable:
@@ -46,7 +35,51 @@ def _recorded(method: Callable) -> Callable:
     return operation
 
 
-class Deferred:
+class Circumstances(NamedTuple):
+    """Under what a head was called, so that the same comes out when it is called later.
+
+    Args:
+        grad: whether autograd was on.
+        device: the type of the device.
+        autocast: the dtype that autocast gives a matrix product, None if it was off.
+        versions: the head's parameters, and how often each had been written to.
+    """
+
+    grad: bool
+    device: str
+    autocast: torch.dtype | None
+    versions: tuple[tuple[torch.Tensor, int], ...]
+
+    @classmethod
+    def now(cls, head: nn.Module | None, hidden: torch.Tensor) -> Circumstances:
+        parameters = () if head is None or torch.compiler.is_compiling() else head.parameters()
+        versions = tuple((p, p._version) for p in parameters if not p.is_inference())
+        device = hidden.device.type
+        return cls(torch.is_grad_enabled(), device, _autocast(device), versions)
+
+    def again(self) -> contextlib.AbstractContextManager:
+        if _autocast(self.device) == self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    # Asked about the meta device, PyTorch raises.
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+class _SaysWhatToDo(type):
+    """Libraries name the class of what they cannot take: so their errors say what to do."""
+
+    def __repr__(cls) -> str:
+        return (
+            f"<class '{cls.__module__}.{cls.__name__}': logits that are not computed yet; for a "
+            "tensor call its materialize(), or the model with skip_logits=False>"
+        )
+
+
+class Deferred(metaclass=_SaysWhatToDo):
     """Logits that are not computed yet.
 
     z = head(hidden)[..., :vocab], or hidden[..., :vocab] if `head` is None
@@ -58,20 +91,22 @@ class Deferred:
         vocab: V, the number of logits that are kept of each row.
         scale, cap: the elementwise operations recorded so far.
         dtype: of the value.
+        born: under what the head was called.
     """
 
     layout, is_sparse, is_quantized, is_nested = torch.strided, False, False, False
 
-    def __init__(self, head, hidden, vocab, scale=1.0, cap=None, dtype=None):
+    def __init__(self, head, hidden, vocab, scale=1.0, cap=None, dtype=None, born=None):
         self.head, self.hidden, self.vocab = head, hidden, vocab
         self.scale, self.cap = scale, cap
-        self.dtype = dtype or hidden.dtype
+        self.born = born or Circumstances.now(head, hidden)
+        self.dtype = dtype or (head is not None and self.born.autocast) or hidden.dtype
         self.shape = torch.Size((*hidden.shape[:-1], vocab))
         self.value, self.version, self.has_graph = None, 0, False
 
     def _with(self, **changes):
-        now = {name: getattr(self, name) for name in ("hidden", "vocab", "scale", "cap", "dtype")}
-        return Deferred(self.head, **{**now, **changes})
+        kept = ("hidden", "vocab", "scale", "cap", "dtype", "born")
+        return Deferred(self.head, **{**{name: getattr(self, name) for name in kept}, **changes})
 
     # What can be known without computing anything.
 
@@ -81,7 +116,7 @@ class Deferred:
     @property
     def requires_grad(self):
         weights = () if self.head is None else self.head.parameters()
-        return self.hidden.requires_grad or any(p.requires_grad for p in weights)
+        return self.born.grad and any(t.requires_grad for t in (self.hidden, *weights))
 
     def size(self, dim=None):
         return self.shape if dim is None else self.shape[dim]
@@ -182,22 +217,45 @@ class Deferred:
         if self.head is None:
             return functional.cross_entropy(self.hidden[..., : self.vocab], target, **options)
         loss = {"vocab": self.vocab, **options}
-        return nn.Module.__call__(self.head, self.hidden, target=target, loss=loss)
+        return self._call_head(target=target, loss=loss)
+
+    def _call_head(self, **kwargs):
+        if self._head_has_changed():
+            raise RuntimeError(
+                "logits: `outputs.logits` must be read before the output head changes; got a head "
+                "with other weights, after an optimizer step or outside of functional_call for "
+                "example (call the model with skip_logits=False for logits that last)."
+            )
+        with self.born.again():
+            return nn.Module.__call__(self.head, self.hidden, **kwargs)
 
     def _is_fusable(self):
         return self.dim() == 2 and (self.cap is None or self.cap > 0) and not self.written_to()
 
+    def _head_has_changed(self):
+        # Sharded and gathered parameters are other objects with the same numbers; those of
+        # torch.func.functional_call are no nn.Parameter, and have other numbers.
+        now = set(map(id, self.head.parameters()))
+        return any(
+            p._version != version or not (id(p) in now or isinstance(p, nn.Parameter))
+            for p, version in self.born.versions
+        )
+
     def materialize(self) -> torch.Tensor:
         """Compute the logits; once, unless that was without a graph and one is wanted now."""
-        wants_graph = torch.is_grad_enabled()
+        wants_graph = self.born.grad and torch.is_grad_enabled()
         if self.value is None or (wants_graph and not self.has_graph and not self.written_to()):
-            z = self.hidden if self.head is None else nn.Module.__call__(self.head, self.hidden)
-            z = z[..., : self.vocab]
-            z = z if self.scale == 1 else z * self.scale
-            z = z if self.cap is None else torch.tanh(z) * self.cap
-            self.value = z.to(self.dtype)
+            with torch.set_grad_enabled(wants_graph):
+                self.value = self._compute()
             self.version, self.has_graph = self.value._version, wants_graph
         return self.value
+
+    def _compute(self):
+        z = self.hidden if self.head is None else self._call_head()
+        z = z[..., : self.vocab]
+        z = z if self.scale == 1 else z * self.scale
+        z = z if self.cap is None else torch.tanh(z) * self.cap
+        return z.to(self.dtype)
 
     def written_to(self) -> bool:
         return self.value is not None and self.value._version != self.version
@@ -210,6 +268,14 @@ class Deferred:
             raise AttributeError(name)
         return getattr(self.materialize(), name)
 
+    def __array__(self, dtype=None, copy=None):
+        array = self.materialize().__array__(dtype)
+        return array.copy() if copy else array
+
+    def __reduce_ex__(self, protocol):
+        # Saved and copied are the logits; not the head.
+        return self.materialize().__reduce_ex__(protocol)
+
     def __repr__(self):
         return f"Deferred(shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -221,12 +287,13 @@ class Deferred:
                 return args[0].cross_entropy(*args[1:], **kwargs)
             if function in (torch.tanh, torch.Tensor.tanh):
                 return args[0].tanh()
-        return function(*_real(args), **{name: _real(value) for name, value in kwargs.items()})
+        named = {name: real_values(value) for name, value in kwargs.items()}
+        return function(*real_values(args), **named)
 
 
 def _as_real_logits(name: str) -> Callable:
     def operator(self, *args):
-        return getattr(self.materialize(), name)(*map(_real, args))
+        return getattr(self.materialize(), name)(*map(real_values, args))
 
     return operator
 
@@ -235,274 +302,16 @@ def _as_real_logits(name: str) -> Callable:
 for _name in (
     *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow"),
     *("matmul", "rmatmul", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"),
-    *("iter", "bool", "float", "int", "array"),
+    *("iter", "bool", "float", "int"),
 ):
     setattr(Deferred, f"__{_name}__", _as_real_logits(f"__{_name}__"))
 Deferred.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-def _real(value: Any) -> Any:
+def real_values(value: Any) -> Any:
     """Replace every `Deferred` in nested lists and tuples by its logits."""
     if isinstance(value, Deferred):
         return value.materialize()
     if type(value) in (list, tuple):
-        return type(value)(map(_real, value))
+        return type(value)(map(real_values, value))
     return value
-
-
-# The classes that the head and the model are changed to.
-
-
-class Swapped:
-    """What the two subclasses share: where they came from, how they are copied and pickled."""
-
-    liger_original: type
-
-    def __deepcopy__(self, memo):
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def __reduce_ex__(self, protocol):
-        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_liger")}
-        return copyreg._reconstructor, (type(self).liger_original, object, None), state
-
-
-class DeferringHead(Swapped):
-    """An output head that returns a `Deferred` while its model computes a loss."""
-
-    _liger_mode = None
-
-    def __call__(self, x, *args, **kwargs):
-        if self._liger_mode is None or args or kwargs:
-            return nn.Module.__call__(self, x, *args, **kwargs)
-        if self._liger_mode == PLAIN:
-            logits = nn.Module.__call__(self, x)
-            return Deferred(None, logits, logits.shape[-1])
-        return Deferred(self, x, _width(self))
-
-    def forward(self, x, *args, target=None, loss=None, **kwargs):
-        if loss is None:
-            return super().forward(x, *args, **kwargs)
-        options = dict(loss)
-        vocab = options.pop("vocab")
-        weight, bias = effective_weight(self)
-        if weight is None:
-            return functional.cross_entropy(super().forward(x)[..., :vocab], target, **options)
-        if vocab != weight.shape[0]:
-            weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-        return functional.fused_linear_cross_entropy(weight, x, target, bias=bias, **options)
-
-
-class DeferringModel(Swapped):
-    """A model whose head returns a `Deferred` while it computes a loss."""
-
-    _liger_mode = None
-    _liger_head = ""
-
-
-def _forward_of(original: Any) -> Callable:
-    names = list(inspect.signature(original.forward).parameters)[1:]
-    position = names.index("labels") if "labels" in names else len(names)
-
-    @functools.wraps(original.forward)
-    def forward(self, *args, skip_logits=None, **kwargs):
-        labels = args[position] if len(args) > position else kwargs.get("labels")
-        has_labels = labels is not None or kwargs.get("shift_labels") is not None
-        if skip_logits and not has_labels:
-            raise ValueError("forward: `skip_logits` must come with `labels`; got no labels.")
-        defers = self.training if skip_logits is None else skip_logits
-        head = _head_at(self, self._liger_head) if has_labels else None
-        if head is None or not (defers or self._liger_mode == PLAIN):
-            return original.forward(self, *args, **kwargs)
-        head._liger_mode = self._liger_mode
-        try:
-            output = original.forward(self, *args, **kwargs)
-        finally:
-            head._liger_mode = None
-        return _finished(output, skip_logits, self._liger_mode)
-
-    return forward
-
-
-def _finished(output: Any, skip_logits: bool | None, mode: str) -> Any:
-    """Take deferred logits out of an output (`skip_logits`), or make them real, or leave them."""
-    if not skip_logits and mode == FUSED:
-        return output
-    if isinstance(output, ModelOutput):
-        parts = {k: v for k, v in output.items() if not (skip_logits and isinstance(v, Deferred))}
-        return type(output)(**{name: _real(value) for name, value in parts.items()})
-    if isinstance(output, tuple):
-        return tuple(_real(v) for v in output if not (skip_logits and isinstance(v, Deferred)))
-    return output
-
-
-def _head_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The model's head; one that took the place of the old one (resized, LoRA) is changed too."""
-    if model._liger_mode is None or getattr(model, "_is_replica", False):
-        return None
-    head = model
-    for name in path.split("."):
-        head = getattr(head, name)
-    if isinstance(head, DeferringHead):
-        # Tensor parallelism wraps the forward and expects logits of it.
-        return head if is_own(head, "forward") else None
-    with contextlib.suppress(Rejected):
-        check_head(head)
-        swap(head, DeferringHead)
-        return head
-    return None
-
-
-# Installing and taking away.
-
-
-def defer(model: nn.Module, mode: str) -> str:
-    """Change the model and its head so that its loss is computed by our op; return the head's path.
-
-    Raises:
-        Rejected: the model takes no labels, or it has no head that we can see through.
-    """
-    if "labels" not in inspect.signature(type(model).forward).parameters:
-        raise Rejected("takes no labels")
-    check_own(model, "forward")
-    path, head = find_head(model)
-    check_head(head)
-    if not isinstance(head, DeferringHead):
-        swap(head, DeferringHead)
-    if not isinstance(model, DeferringModel):
-        swap(model, DeferringModel)
-    model.__dict__.update(_liger_mode=mode, _liger_head=path)
-    return path
-
-
-def undefer(model: nn.Module) -> None:
-    """Give the model and every head in it their own class back."""
-    for module in model.modules():
-        if isinstance(module, Swapped):
-            for name in [name for name in module.__dict__ if name.startswith("_liger")]:
-                del module.__dict__[name]
-            # FSDP may have made a subclass of ours since; then ours stays, and does nothing.
-            if "liger_original" in type(module).__dict__:
-                _change_class(module, type(module).liger_original)
-
-
-@functools.cache
-def _subclass(original: Any, mixin: type) -> Any:
-    members: dict[str, Any] = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "liger_original": original,
-    }
-    if mixin is DeferringModel:
-        members["forward"] = _forward_of(original)
-    return type(original.__name__, (mixin, original), members)
-
-
-def swap(module: nn.Module, mixin: type) -> None:
-    """Change the module's class to a subclass of the same name with `mixin` in front."""
-    original: Any = type(module)
-    _change_class(module, _subclass(original, mixin))
-
-
-def _change_class(module: nn.Module, new: Any) -> None:
-    """Change the class, and the bound methods that accelerate's hooks keep of the old one."""
-    old = type(module).forward
-    module.__class__ = new
-    for slot in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(slot), "__func__", None) is old:
-            module.__dict__[slot] = MethodType(new.forward, module)
-
-
-def find_head(model: Any) -> tuple[str, nn.Module]:
-    """Find the output head and its path: the model's own answer, or the only layer it can be."""
-    with contextlib.suppress(Exception):
-        head = model.get_output_embeddings()
-        if head is not None:
-            return next(path for path, module in model.named_modules() if module is head), head
-    vocab = getattr(model.config.get_text_config(), "vocab_size", None)
-    words = ("head", "decoder", "output", "predictions", "loss")
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.out_features == vocab != module.in_features
-        and any(word in path for word in words)
-    ]
-    if len(found) != 1:
-        raise Rejected(f"has {len(found)} layers that could be its output head")
-    return found[0]
-
-
-def check_head(head: nn.Module) -> None:
-    """Raise `Rejected` unless the head is a plain linear layer, or PEFT's wrapping of one."""
-    cls = type(head)
-    name = f"its output head ({cls.__name__})"
-    if not _is_peft(head) and not (
-        isinstance(head, nn.Linear)
-        and inspect.unwrap(cls.forward) in (nn.Linear.forward, DeferringHead.forward)
-    ):
-        raise Rejected(f"{name} is not a plain linear layer")
-    check_own(head, "forward", name)
-
-
-# What the head multiplies by. Read inside its own forward, where the weight is whole.
-
-Weight = tuple[torch.Tensor, torch.Tensor | None] | tuple[None, None]
-
-
-def effective_weight(head: Any) -> Weight:
-    """The weight and bias with which `head(x)` equals `x @ weight.T + bias`, or (None, None)."""
-    if isinstance(head, nn.Linear):
-        return _whole(head)
-    if _is_a(head, "ModulesToSaveWrapper"):
-        if head.disable_adapters:
-            return effective_weight(head.original_module)
-        return effective_weight(head.modules_to_save[head.active_adapters[0]])
-    if not isinstance(getattr(head, "base_layer", None), nn.Linear):
-        return None, None
-    weight, bias = _whole(head.base_layer)
-    if weight is None:
-        return None, None
-    if head.disable_adapters or head.merged:
-        return weight, bias
-    for adapter in head.active_adapters:
-        if adapter not in head.lora_A:
-            continue
-        drops = head.training and not isinstance(head.lora_dropout[adapter], nn.Identity)
-        if head.use_dora.get(adapter) or head.lora_bias.get(adapter) or drops:
-            return None, None
-        change = head.lora_B[adapter].weight @ head.lora_A[adapter].weight
-        weight = weight + head.scaling[adapter] * change.to(weight.dtype)
-    return weight, bias
-
-
-def _whole(linear: Any) -> Weight:
-    weight = linear.weight
-    if type(weight).__name__ == "DTensor":
-        return None, None
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise RuntimeError(
-            "fused_linear_cross_entropy: the head's weight must be whole in the head's forward; "
-            f"got shape {tuple(weight.shape)} (wrap the head with the model, not by itself)."
-        )
-    return weight, linear.bias
-
-
-def _width(head: Any) -> int:
-    # Not from the weight: outside the head's own call it may be empty (ZeRO-3) or sharded (FSDP).
-    while not hasattr(head, "out_features"):
-        head = head.original_module
-    return head.out_features
-
-
-def _is_peft(head: nn.Module) -> bool:
-    if _is_a(head, "ModulesToSaveWrapper"):
-        return True
-    return _is_a(head, "LoraLayer") and isinstance(head.base_layer, nn.Linear)
-
-
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(cls.__name__ == name for cls in type(module).__mro__)

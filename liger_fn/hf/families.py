@@ -126,7 +126,7 @@ class Norm(Place):
 
     def shadow_and_input(self, module, dtypes, g):
         # Sharded parameters may be empty here; only layer norms insist on their width.
-        width = max([*getattr(module, "normalized_shape", ()), 48])
+        width = [48, *getattr(module, "normalized_shape", ())][-1]
         parameters = {
             name: nn.Parameter(torch.randn(width, generator=g, dtype=F32).to(dtypes[1]))
             for name in _parameters(module)
@@ -141,7 +141,9 @@ class GatedMLP(Place):
 
     def suggests(self, module):
         name = type(module).__name__.lower()
-        return name.endswith(("mlp", "ffn", "feedforward")) or len(_linears(module)) == 3
+        if name.endswith(("mlp", "ffn", "feedforward")):
+            return True
+        return len(_linears(module)) == 3 and takes_one_input(type(module).forward)
 
     def check(self, module):
         if not takes_one_input(type(module).forward):

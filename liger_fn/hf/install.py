@@ -2,10 +2,11 @@
 
     report = apply(model)          replace what is proved equal; print(report)
     report.undo()                  exactly as before
+    undo(model)                    the same without the report, for a deepcopy
     with patched(model): ...       for a while
 
 Nothing is registered and no configuration is changed. What is installed can be read off the model:
-methods on instances that bear a mark, two changed classes (`deferred.py`), and a name in the
+methods on instances that bear a mark, two changed classes (`output_head.py`), and a name in the
 globals of the modelling file (`rotary.py`). That is why applying twice changes nothing, and why a
 deepcopy can be undone like the original.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar
@@ -24,8 +25,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from liger_fn.hf.deferred import FUSED, PLAIN, DeferringModel, Swapped, defer, undefer
 from liger_fn.hf.families import FAMILIES, Place
+from liger_fn.hf.output_head import FUSED, PLAIN, DeferringModel, Swapped, defer, undefer
 from liger_fn.hf.probe import Proof, Rejected, check_own, fingerprint, slot_of
 from liger_fn.hf.rotary import Domain, guarded, prove_rotary, rotary_functions
 
@@ -166,7 +167,7 @@ class Row:
         return (self.name, str(self.count), self.how or "-", *errors, self.reason)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What `apply` did to a model. Print it for a table; `undo()` takes it back.
 
@@ -213,6 +214,8 @@ class Report:
         ]
         return "\n".join([self.model, *lines, *filter(None, [self.check])])
 
+    __repr__ = __str__
+
 
 # What users call.
 
@@ -241,10 +244,11 @@ def apply(
         The report. `print(report)` shows it, `report.undo()` restores the model.
 
     Raises:
-        TypeError: `model` is not a `PreTrainedModel`.
+        TypeError: `model` is not a `PreTrainedModel`, or `ops` no collection of names.
         ValueError: `ops` has an unknown name, or both losses.
     """
     chosen = check_ops(model, ops, verify)
+    model = _unwrapped(model)
     report = Report(type(model).__name__)
     before = _loss(model, None) if verify == "full" else None
     try:
@@ -272,15 +276,24 @@ def patched(model: PreTrainedModel, **options: Any) -> Iterator[Report]:
         report.undo()
 
 
+def undo(model: nn.Module) -> None:
+    """Take everything of ours out of a model, also out of a deepcopy, which has no report."""
+    for patch in installed(_unwrapped(model)):
+        patch.undo()
+
+
 def check_ops(model: Any, ops: Collection[str] | None, verify: bool | str) -> tuple[str, ...]:
     """Check the arguments of `apply`, and return the ops to use."""
     if not isinstance(_unwrapped(model), PreTrainedModel):
-        raise TypeError(f"apply: `model` must be a PreTrainedModel; got {type(model).__name__}.")
+        got = f"{type(model).__name__}{_way_to_the_model(model)}"
+        raise TypeError(f"apply: `model` must be a PreTrainedModel; got {got}.")
     if verify is not True and verify != "full":
         raise ValueError(f"apply: `verify` must be True or 'full'; got {verify!r}.")
     names = op_names()
     if ops is None:
         ops = [name for name in names if name != PLAIN]
+    if not isinstance(ops, Collection) or isinstance(ops, Mapping):
+        raise TypeError(f"apply: `ops` must be a collection of names; got {ops!r}.")
     chosen = (ops,) if isinstance(ops, str) else tuple(ops)
     unknown = [name for name in chosen if name not in names]
     if unknown:
@@ -366,6 +379,14 @@ def _replace_loss(model: Any, mode: str, report: Report) -> None:
 def _unwrapped(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper; anything else as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _way_to_the_model(wrapper: Any) -> str:
+    """Say where a pipeline, a compiled model or DDP has its model; nothing if there is none."""
+    for name in ("_orig_mod", "module", "model"):
+        if isinstance(getattr(wrapper, name, None), PreTrainedModel):
+            return f" (pass its `.{name}`)"
+    return ""
 
 
 def _loss(model: Any, skip_logits: bool | None) -> str:

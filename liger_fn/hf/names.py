@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from liger_fn.hf.deferred import FUSED, PLAIN
-from liger_fn.hf.install import Report, apply, installed, op_names, patched
+from liger_fn.hf.install import Report, apply, op_names, patched, undo
+from liger_fn.hf.output_head import FUSED, PLAIN
 
 MAPPINGS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -69,12 +69,13 @@ class ClassReport:
         """Restore the class and every live model that was made since."""
         self.release()
         for model in list(self.models):
-            for patch in installed(model):
-                patch.undo()
+            undo(model)
         self.models.clear()
 
     def __str__(self) -> str:
         return f"{self.base.__name__}: new models get {', '.join(self.ops)}"
+
+    __repr__ = __str__
 
 
 class ClassReports(list):
@@ -87,6 +88,8 @@ class ClassReports(list):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
+
+    __repr__ = __str__
 
 
 class ApplyTo:
@@ -104,6 +107,7 @@ class ApplyTo:
         A report: print it for a table, call its `undo()` to restore everything.
 
     Raises:
+        TypeError: a flag is not one of the above, or not True or False.
         ValueError: both losses are asked for.
     """
 
@@ -127,6 +131,10 @@ class ApplyTo:
         return inspect.Signature(parameters, return_annotation="Report | ClassReports")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Report | ClassReports:
+        unknown = [name for name in kwargs if name not in self.__signature__.parameters]
+        if unknown:
+            known = ", ".join(self.__signature__.parameters)
+            raise TypeError(f"{self.__name__}: a flag must be one of {known}; got {unknown[0]!r}.")
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         flags = dict(bound.arguments)
@@ -142,6 +150,11 @@ class ApplyTo:
 
 def chosen_ops(flags: dict[str, bool], caller: str) -> tuple[str, ...]:
     """Turn flags into names of ops."""
+    for name, value in flags.items():
+        # A model in the place of the first flag would change every model of its type.
+        if not isinstance(value, bool):
+            got = f"{type(value).__name__} (a model is passed as `model=`)"
+            raise TypeError(f"{caller}: `{name}` must be True or False; got {got}.")
     if flags.get(FUSED) and flags.get(PLAIN):
         raise ValueError(f"{caller}: `{PLAIN}` must be False if {FUSED} is True; got both.")
     return tuple(name for name, value in flags.items() if value)

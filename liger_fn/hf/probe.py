@@ -106,7 +106,8 @@ def distance(got: Any, expected: Any) -> float:
 def quiet() -> Iterator[torch.Generator]:
     """Make tensors on the CPU, run reference code, and leave the global random state alone."""
     state = torch.get_rng_state()
-    with torch.device("cpu"), torch.no_grad(), using("reference"):
+    no_autocast = torch.autocast("cpu", enabled=False)
+    with torch.device("cpu"), torch.no_grad(), no_autocast, using("reference"):
         try:
             yield torch.Generator().manual_seed(0)
         finally:

@@ -46,7 +46,8 @@ def table(runs: Sequence[Run]) -> str:
     for part in stretches(len(runs[0].losses)):
         losses = [f"{mean(run.losses[part]):.4f}" for run in runs]
         gap = [f"{largest_difference(runs, part):.1e}"] * compared
-        rows.append([f"{part.start + 1}-{part.stop}", *losses, *gap])
+        steps = sorted({part.start + 1, part.stop})
+        rows.append(["-".join(map(str, steps)), *losses, *gap])
     rows.append([])
     rows.append(["held-out loss before", *(f"{run.held_out[0]:.4f}" for run in runs)])
     rows.append(["held-out loss after", *(f"{run.held_out[1]:.4f}" for run in runs)])

@@ -1,0 +1,286 @@
+"""The output head and its model: what lets a loss be computed without logits, and takes it back.
+
+While a model computes a loss, its head returns a `Deferred` (`deferred.py`); when that reaches
+`F.cross_entropy`, the head is called again, with the targets, and runs the fused op on its weight.
+
+Both the head and the model keep their object and only change class, to a subclass of the same name.
+A copy (deepcopy) stays as it is; a pickle holds the original classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from liger_fn import functional
+from liger_fn.hf.deferred import Deferred, real_values
+from liger_fn.hf.probe import Rejected, check_own, is_own
+
+FUSED, PLAIN = "fused_linear_cross_entropy", "cross_entropy"
+
+
+class Swapped:
+    """What the two subclasses share: where they came from, how they are copied and pickled."""
+
+    liger_original: type
+
+    def __deepcopy__(self, memo):
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol):
+        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_liger")}
+        return copyreg._reconstructor, (type(self).liger_original, object, None), state
+
+
+class DeferringHead(Swapped):
+    """An output head that returns a `Deferred` while its model computes a loss."""
+
+    _liger_mode = None
+
+    def __call__(self, x, *args, **kwargs):
+        if self._liger_mode is None or args or kwargs:
+            return nn.Module.__call__(self, x, *args, **kwargs)
+        if self._liger_mode == PLAIN:
+            logits = nn.Module.__call__(self, x)
+            return Deferred(None, logits, logits.shape[-1])
+        return Deferred(self, x, _width(self))
+
+    def forward(self, x, *args, target=None, loss=None, **kwargs):
+        if loss is None:
+            return super().forward(x, *args, **kwargs)
+        options = dict(loss)
+        vocab = options.pop("vocab")
+        weight, bias = effective_weight(self)
+        if weight is None:
+            return functional.cross_entropy(super().forward(x)[..., :vocab], target, **options)
+        if vocab != weight.shape[0]:
+            weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
+        return functional.fused_linear_cross_entropy(weight, x, target, bias=bias, **options)
+
+
+class DeferringModel(Swapped):
+    """A model whose head returns a `Deferred` while it computes a loss."""
+
+    _liger_mode = None
+    _liger_head = ""
+
+
+def _forward_of(original: Any) -> Callable:
+    names = list(inspect.signature(original.forward).parameters)[1:]
+    position = names.index("labels") if "labels" in names else len(names)
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, skip_logits=None, **kwargs):
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if skip_logits and not has_labels:
+            raise ValueError("forward: `skip_logits` must come with `labels`; got no labels.")
+        defers = self.training if skip_logits is None else skip_logits
+        head = _head_at(self, self._liger_head) if has_labels else None
+        if head is None or not (defers or self._liger_mode == PLAIN):
+            return original.forward(self, *args, **kwargs)
+        head._liger_mode = self._liger_mode
+        try:
+            output = original.forward(self, *args, **kwargs)
+        finally:
+            head._liger_mode = None
+        return _finished(output, skip_logits, self._liger_mode)
+
+    return forward
+
+
+def _finished(output: Any, skip_logits: bool | None, mode: str) -> Any:
+    """Take deferred logits out of an output (`skip_logits`), or make them real, or leave them."""
+    if not skip_logits and mode == FUSED:
+        return output
+    if isinstance(output, ModelOutput):
+        parts = {k: v for k, v in output.items() if not (skip_logits and isinstance(v, Deferred))}
+        return type(output)(**{name: real_values(value) for name, value in parts.items()})
+    if isinstance(output, tuple):
+        return tuple(
+            real_values(v) for v in output if not (skip_logits and isinstance(v, Deferred))
+        )
+    return output
+
+
+def _head_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The model's head; one that took the place of the old one (resized, LoRA) is changed too."""
+    if model._liger_mode is None or getattr(model, "_is_replica", False):
+        return None
+    head = model
+    for name in path.split("."):
+        head = getattr(head, name)
+    if isinstance(head, DeferringHead):
+        # Tensor parallelism wraps the forward and expects logits of it.
+        return head if is_own(head, "forward") else None
+    with contextlib.suppress(Rejected):
+        check_head(head)
+        swap(head, DeferringHead)
+        return head
+    return None
+
+
+# Installing and taking away.
+
+
+def defer(model: nn.Module, mode: str) -> str:
+    """Change the model and its head so that its loss is computed by our op; return the head's path.
+
+    Raises:
+        Rejected: the model takes no labels, or it has no head that we can see through.
+    """
+    if "labels" not in inspect.signature(type(model).forward).parameters:
+        raise Rejected("takes no labels")
+    check_own(model, "forward")
+    path, head = find_head(model)
+    check_head(head)
+    if not isinstance(head, DeferringHead):
+        swap(head, DeferringHead)
+    if not isinstance(model, DeferringModel):
+        swap(model, DeferringModel)
+    model.__dict__.update(_liger_mode=mode, _liger_head=path)
+    return path
+
+
+def undefer(model: nn.Module) -> None:
+    """Give the model and every head in it their own class back."""
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            for name in [name for name in module.__dict__ if name.startswith("_liger")]:
+                del module.__dict__[name]
+            # FSDP may have made a subclass of ours since; then ours stays, and does nothing.
+            if "liger_original" in type(module).__dict__:
+                _change_class(module, type(module).liger_original)
+
+
+@functools.cache
+def _subclass(original: Any, mixin: type) -> Any:
+    members: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "liger_original": original,
+    }
+    if mixin is DeferringModel:
+        members["forward"] = _forward_of(original)
+    return type(original.__name__, (mixin, original), members)
+
+
+def swap(module: nn.Module, mixin: type) -> None:
+    """Change the module's class to a subclass of the same name with `mixin` in front."""
+    original: Any = type(module)
+    _change_class(module, _subclass(original, mixin))
+
+
+def _change_class(module: nn.Module, new: Any) -> None:
+    """Change the class, and the bound methods that accelerate's hooks keep of the old one."""
+    old = type(module).forward
+    module.__class__ = new
+    for slot in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(slot), "__func__", None) is old:
+            module.__dict__[slot] = MethodType(new.forward, module)
+
+
+def find_head(model: Any) -> tuple[str, nn.Module]:
+    """Find the output head and its path: the model's own answer, or the only layer it can be."""
+    with contextlib.suppress(Exception):
+        head = model.get_output_embeddings()
+        if head is not None:
+            return next(path for path, module in model.named_modules() if module is head), head
+    vocab = getattr(model.config.get_text_config(), "vocab_size", None)
+    words = ("head", "decoder", "output", "predictions", "loss")
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == vocab != module.in_features
+        and any(word in path for word in words)
+    ]
+    if len(found) != 1:
+        raise Rejected(f"has {len(found)} layers that could be its output head")
+    return found[0]
+
+
+def check_head(head: nn.Module) -> None:
+    """Raise `Rejected` unless the head is a plain linear layer, or PEFT's wrapping of one."""
+    cls = type(head)
+    name = f"its output head ({cls.__name__})"
+    if not _is_peft(head) and not (
+        isinstance(head, nn.Linear)
+        and inspect.unwrap(cls.forward) in (nn.Linear.forward, DeferringHead.forward)
+    ):
+        raise Rejected(f"{name} is not a plain linear layer")
+    check_own(head, "forward", name)
+
+
+# What the head multiplies by. Read inside its own forward, where the weight is whole.
+
+Weight = tuple[torch.Tensor, torch.Tensor | None] | tuple[None, None]
+
+
+def effective_weight(head: Any) -> Weight:
+    """The weight and bias with which `head(x)` equals `x @ weight.T + bias`, or (None, None)."""
+    if isinstance(head, nn.Linear):
+        return _whole(head)
+    if _is_a(head, "ModulesToSaveWrapper"):
+        if head.disable_adapters:
+            return effective_weight(head.original_module)
+        return effective_weight(head.modules_to_save[head.active_adapters[0]])
+    if not isinstance(getattr(head, "base_layer", None), nn.Linear):
+        return None, None
+    weight, bias = _whole(head.base_layer)
+    if weight is None:
+        return None, None
+    if head.disable_adapters or head.merged:
+        return weight, bias
+    for adapter in head.active_adapters:
+        if adapter not in head.lora_A:
+            continue
+        drops = head.training and not isinstance(head.lora_dropout[adapter], nn.Identity)
+        if head.use_dora.get(adapter) or head.lora_bias.get(adapter) or drops:
+            return None, None
+        change = head.lora_B[adapter].weight @ head.lora_A[adapter].weight
+        weight = weight + head.scaling[adapter] * change.to(weight.dtype)
+    return weight, bias
+
+
+def _whole(linear: Any) -> Weight:
+    weight = linear.weight
+    if type(weight).__name__ == "DTensor":
+        return None, None
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise RuntimeError(
+            "fused_linear_cross_entropy: the head's weight must be whole in the head's forward; "
+            f"got shape {tuple(weight.shape)} (wrap the head with the model, not by itself)."
+        )
+    return weight, linear.bias
+
+
+def _width(head: Any) -> int:
+    # Not from the weight: outside the head's own call it may be empty (ZeRO-3) or sharded (FSDP).
+    while not hasattr(head, "out_features"):
+        head = head.original_module
+    return head.out_features
+
+
+def _is_peft(head: nn.Module) -> bool:
+    if _is_a(head, "ModulesToSaveWrapper"):
+        return True
+    return _is_a(head, "LoraLayer") and isinstance(head.base_layer, nn.Linear)
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)
