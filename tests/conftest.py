@@ -47,6 +47,31 @@ def nan_in_fresh_memory():
 
 
 @pytest.fixture
+def reference_path():
+    """Compute by the references: of the adapter, not the kernels are in question."""
+    from liger_fn.functional import using
+
+    with using("reference"):
+        yield
+
+
+@pytest.fixture
+def model():
+    """A small Llama that trains."""
+    from liger_fn.testing.tiny_models import tiny_model
+
+    return tiny_model("llama").train()
+
+
+@pytest.fixture
+def inputs(model):
+    """A batch for it."""
+    from liger_fn.testing.tiny_models import tiny_inputs
+
+    return tiny_inputs(model)
+
+
+@pytest.fixture
 def device() -> torch.device:
     """The device that kernels run on here: the GPU, or the CPU through the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

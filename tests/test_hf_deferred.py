@@ -15,17 +15,13 @@ from torch import nn
 from transformers.trainer_pt_utils import nested_concat
 
 from liger_fn import functional
-from liger_fn.functional import using
 from liger_fn.hf.deferred import Deferred
 from liger_fn.hf.output_head import FUSED, DeferringHead, swap
 
 ROWS, TOKENS, HIDDEN, VOCAB = 2, 5, 8, 11
 
 
-@pytest.fixture(autouse=True)
-def reference_path():
-    with using("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_path")
 
 
 @pytest.fixture

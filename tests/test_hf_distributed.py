@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 
 import torch
 import torch.multiprocessing as mp
@@ -28,6 +29,8 @@ def run(rank, store):
             fsdp2(rank)
         torch.distributed.barrier()
     finally:
+        # Models in reference cycles keep gloo's groups, whose threads must not outlive the process.
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -12,11 +12,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from liger_fn import functional
-from liger_fn.functional import using
 from liger_fn.hf import apply, kernel_mapping, patched, undo
 from liger_fn.hf.install import installed
 from liger_fn.hf.output_head import DeferringHead
-from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_inputs, tiny_model
+from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_model
 
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
@@ -29,20 +28,7 @@ needs_trl = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def reference_path():
-    with using("reference"):
-        yield
-
-
-@pytest.fixture
-def model():
-    return tiny_model("llama").train()
-
-
-@pytest.fixture
-def inputs(model):
-    return tiny_inputs(model)
+pytestmark = pytest.mark.usefixtures("reference_path")
 
 
 @pytest.fixture

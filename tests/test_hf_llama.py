@@ -38,26 +38,13 @@ from liger_fn.testing.tiny_models import (
 ALL = {"rms_norm": 5, "swiglu": 2, "rope": 1, "fused_linear_cross_entropy": 1}
 
 
-@pytest.fixture(autouse=True)
-def reference_path():
-    with using("reference"):
-        yield
-
-
-@pytest.fixture
-def model():
-    return tiny_model("llama").train()
+pytestmark = pytest.mark.usefixtures("reference_path")
 
 
 @pytest.fixture
 def no_other_users():
     """Collect the models of earlier tests: while they live, Llama's rotary function is replaced."""
     gc.collect()
-
-
-@pytest.fixture
-def inputs(model):
-    return tiny_inputs(model)
 
 
 @pytest.fixture

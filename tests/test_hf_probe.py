@@ -11,18 +11,13 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from liger_fn import functional
-from liger_fn.functional import using
 from liger_fn.hf import apply, families
 from liger_fn.hf.families import FAMILIES, GATED_MLP, NORM, Family
 from liger_fn.hf.probe import Rejected
 from liger_fn.hf.rotary import guarded, prove_rotary
 from liger_fn.testing.tiny_models import tiny_config, tiny_model
 
-
-@pytest.fixture(autouse=True)
-def reference_path():
-    with using("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_path")
 
 
 def outcomes(model):

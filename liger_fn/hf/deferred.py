@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_fn import functional
+from liger_fn.functional.core.rules import autocast_dtype
 
 
 def _recorded(method: Callable) -> Callable:
@@ -55,18 +56,12 @@ class Circumstances(NamedTuple):
         parameters = () if head is None or torch.compiler.is_compiling() else head.parameters()
         versions = tuple((p, p._version) for p in parameters if not p.is_inference())
         device = hidden.device.type
-        return cls(torch.is_grad_enabled(), device, _autocast(device), versions)
+        return cls(torch.is_grad_enabled(), device, autocast_dtype(device), versions)
 
     def again(self) -> contextlib.AbstractContextManager:
-        if _autocast(self.device) == self.autocast:
+        if autocast_dtype(self.device) == self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    # Asked about the meta device, PyTorch raises.
-    on = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
 
 
 class _SaysWhatToDo(type):

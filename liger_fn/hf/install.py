@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar
@@ -207,14 +207,20 @@ class Report:
     def __str__(self) -> str:
         head = ("module", "count", "replaced by", "error fp32", "error bf16", "note")
         body = [row.cells() for row in sorted(self.rows, key=lambda row: not row.op)]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in (head, tuple("-" * w for w in widths), *body)
-        ]
-        return "\n".join([self.model, *lines, *filter(None, [self.check])])
+        rule = tuple("-" * max(map(len, column)) for column in zip(head, *body, strict=True))
+        table = aligned([head, rule, *body])
+        return "\n".join([self.model, table, *filter(None, [self.check])])
 
     __repr__ = __str__
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Set lines of cells in columns, flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 # What users call.

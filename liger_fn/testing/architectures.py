@@ -21,7 +21,7 @@ from tqdm import tqdm
 from liger_fn import functional
 from liger_fn.functional import using
 from liger_fn.hf import apply
-from liger_fn.hf.install import Report, installed, op_names
+from liger_fn.hf.install import Report, aligned, installed, op_names
 from liger_fn.hf.output_head import FUSED
 from liger_fn.testing import tiny_models
 from liger_fn.testing.tiny_models import loss_and_gradients
@@ -138,12 +138,7 @@ def counts(outcomes: list[Outcome]) -> dict[str, int]:
 def table(outcomes: list[Outcome]) -> str:
     """A line for each architecture: which ops are called, and why not the others."""
     head = ("model type", *(HEADS.get(op, op) for op in OPS), "not replaced")
-    lines = [head, *(_cells(outcome) for outcome in outcomes)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned([head, *(_cells(outcome) for outcome in outcomes)])
 
 
 def _cells(outcome: Outcome) -> tuple[str, ...]:

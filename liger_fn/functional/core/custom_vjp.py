@@ -103,7 +103,7 @@ def custom_vjp(
 def _entry(op: "_Op", casts: bool) -> Callable:
     """The function behind a public op: the launchers if nothing watches, else the dispatcher."""
     no_needs = (False,) * len(op.fwd_needs)
-    fwd, fwd_op, apply, reference = op.fwd, op.fwd_op, op.apply, op.reference_fwd
+    fwd, fwd_op, apply, reference = op.fwd, op.fwd_op, op.apply, op.reference_results
     results = op.results
     returns_one = len(op.names.results + op.names.residuals) == 1
 
@@ -210,20 +210,24 @@ class _Op:
 
     # The references of both passes, in the order of the dispatcher ops
 
-    def reference_fwd(self, *args) -> tuple:
-        """The results by the reference, then an empty token for each residual: nobody reads it."""
+    def reference_results(self, *args) -> tuple:
+        """The results by the reference, with gradients for none but the differentiable inputs."""
         names = self.names
         differentiable = {*names.grads, *names.statics}
         inputs = {
             n: x if n in differentiable or x is None else x.detach()
             for n, x in zip(names.inputs, args, strict=False)
         }
-        results = as_tuple(self.reference(**inputs))
-        return results + (first(args).new_zeros(()),) * len(names.residuals)
+        return as_tuple(self.reference(**inputs))
+
+    def reference_fwd(self, *args) -> tuple:
+        """The results, then an empty token for each residual: nobody reads it."""
+        tokens = (first(args).new_zeros(()),) * len(self.names.residuals)
+        return self.reference_results(*args) + tokens
 
     def reference_fwd_with_residuals(self, *args) -> tuple:
         """The same with residuals of their true shapes: a compiled graph checks shapes."""
-        results = self.reference_fwd(*args)[: len(self.names.results)]
+        results = self.reference_results(*args)
         on_meta = (a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)
         residuals = self.fwd(*on_meta)[len(results) :]
         return results + tuple(

@@ -120,6 +120,13 @@ def _sharding_rule(d: RowWise) -> Callable:
     return strategies
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast gives a matrix product on a type of device; None if it is off."""
+    # Asked about the meta device, PyTorch raises.
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def _casts(x: torch.Tensor | None) -> bool:
     """Autocast leaves integers and float64 alone, as for PyTorch's own ops."""
     return x is not None and x.is_floating_point() and x.dtype is not torch.float64

@@ -35,6 +35,7 @@ from liger_fn.functional.core.launch import (
     triton,
     unit_stride,
 )
+from liger_fn.functional.core.rules import autocast_dtype
 from liger_fn.functional.loss.cross_entropy import (
     check_options,
     check_target,
@@ -356,9 +357,8 @@ _of_rows = custom_vjp(
 
 def _dtype_inside(t: Tensor) -> torch.dtype:
     """The dtype in which the op sees t."""
-    kind = t.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if casts and t.dtype is not torch.float64 else t.dtype
+    given = autocast_dtype(t.device.type)
+    return t.dtype if given is None or t.dtype is torch.float64 else given
 
 
 def _check_factor(name: str, t: Tensor, x: Tensor) -> None:
