@@ -14,6 +14,7 @@ pass writes one packed gradient.
 from torch import Tensor
 
 from liger_fn.functional.core import check
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -74,7 +75,7 @@ def _tile(N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     return row[:, None], col[None, :], (row < N)[:, None] & (col < F)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, gate_stride_n, up_stride_n, N, F,
     ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
@@ -91,7 +92,7 @@ def _glu_fwd_kernel(
     tl.store(y_ptr + row * F + col, act * up, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _glu_bwd_kernel(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
     gate_stride_n, up_stride_n, dy_stride_n, dx_stride_n, N, F,
@@ -137,7 +138,8 @@ def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor]:
         up = gate if packed else as_rows(up)
         N, F = gate.shape[0], y.shape[-1]
         config = _glu_config(F)
-        _glu_fwd_kernel[_grid(N, F, config)](
+        launch(
+            _glu_fwd_kernel, _grid(N, F, config),
             gate, up, y, gate.stride(0), up.stride(0), N, F,
             ACTIVATION=activation, PACKED=packed,
             COMPUTE=triton_dtype(accumulator(y.dtype)), **config,
@@ -162,7 +164,8 @@ def glu_bwd(
         up = gate if packed else as_rows(up)
         N, F = dy.shape
         config = _glu_config(F)
-        _glu_bwd_kernel[_grid(N, F, config)](
+        launch(
+            _glu_bwd_kernel, _grid(N, F, config),
             gate, up, dy, dgate, dgate if packed else dup,
             gate.stride(0), up.stride(0), dy.stride(0), 2 * F if packed else F, N, F,
             ACTIVATION=activation, PACKED=packed,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -164,7 +165,7 @@ def _turn_tile(
         tl.store(out_row[:, None] + col[None, :], tail, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "K", "T", "q_tiles", "k_tiles"])
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
@@ -261,7 +262,8 @@ def _launch(
     config = _rope_config(C, half)
     q_tiles, k_tiles = cdiv(T * H, config["BLOCK_M"]), cdiv(T * K, config["BLOCK_M"])
 
-    _rope_kernel[(B * (q_tiles + k_tiles),)](
+    launch(
+        _rope_kernel, (B * (q_tiles + k_tiles),),
         q, k, cos, sin, q_out, k_out,
         *q_strides, *k_strides, *cos.stride()[:2], *sin.stride()[:2], H, K, T, q_tiles, k_tiles,
         C=C, HALF=half, EACH_TWICE=_each_twice(cos, rotary_dim, interleaved), HAS_K=k is not None,
