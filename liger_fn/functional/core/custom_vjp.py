@@ -26,6 +26,7 @@ them.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -157,12 +158,13 @@ def _below_autograd(op, keyset, args):
         return op.redispatch(keyset & _AFTER_AUTOGRAD, *args)
 
 
-def _picker(index: Sequence[int]) -> Callable[[Sequence], tuple]:
-    """As fast as itemgetter, always a tuple; Dynamo cannot trace itemgetter and gets a loop."""
-    if len(index) < 2:
-        return lambda pool: tuple(pool[i] for i in index)
-    get = itemgetter(*index)
-    return lambda pool: tuple([pool[i] for i in index]) if is_compiling() else get(pool)
+def _pick(index: Sequence[int], pool: Sequence[Any]) -> tuple:
+    return tuple([pool[i] for i in index])
+
+
+def _picker(index: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
+    """The same, faster, of one index; Dynamo cannot trace it."""
+    return itemgetter(*index) if len(index) > 1 else partial(_pick, index)
 
 
 class _Op:
@@ -325,14 +327,15 @@ def _vjp_function(op: _Op) -> type:
     returned = names.fwd + names.results + names.residuals
     pick_saved = _picker([returned.index(n) for n in names.saved])
     pick_statics = _picker([names.fwd.index(n) for n in names.statics])
-    # ctx.needs_input_grad counts the keyset first
-    pick_needs = _picker([1 + names.fwd.index(n) for n in names.grads])
     fwd_needs = tuple(names.needs.index(n) for n in op.fwd_needs)
-    arrange = _picker([pool.index(n) for n in names.bwd])
+    # ctx.needs_input_grad counts the keyset first
+    needs_at = [1 + names.fwd.index(n) for n in names.grads]
+    bwd_at = [pool.index(n) for n in names.bwd]
     nothing = len(names.grads)
-    spread = _picker(
-        [nothing] + [names.grads.index(n) if n in names.grads else nothing for n in names.fwd]
-    )
+    grads_at = [nothing] + [
+        names.grads.index(n) if n in names.grads else nothing for n in names.fwd
+    ]
+    pick_needs, arrange, spread = map(_picker, (needs_at, bwd_at, grads_at))
 
     class Vjp(torch.autograd.Function):
         @staticmethod
@@ -349,7 +352,7 @@ def _vjp_function(op: _Op) -> type:
                 if keyset is None
                 else as_tuple(_below_autograd(op.fwd_op, keyset, args))
             )
-            ctx.save_for_backward(*pick_saved(args + tuple(out)))
+            ctx.save_for_backward(*pick_saved((*args, *out)))
             ctx.statics, ctx.direct = pick_statics(args), keyset is None
             ctx.set_materialize_grads(n_results > 1)
             if keyset is None:
@@ -360,14 +363,17 @@ def _vjp_function(op: _Op) -> type:
         @staticmethod
         def backward(ctx, *cotangents):
             cotangents = cotangents[:n_results]
-            if all(c is None for c in cotangents):
+            if cotangents[0] is None and all(c is None for c in cotangents):
                 return (None,) * (len(names.fwd) + 1)
+            if is_compiling():
+                needs = _pick(needs_at, ctx.needs_input_grad)
+                args = _pick(bwd_at, (*ctx.saved_tensors, *cotangents, *ctx.statics, *needs))
+                return _pick(grads_at, (*as_tuple(op.bwd_op(*args)), None))
             needs = pick_needs(ctx.needs_input_grad)
             args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs))
-            compiling = is_compiling()
-            if ctx.direct and not (_grad_enabled() or compiling or _watched(cotangents)):
+            if ctx.direct and not (_grad_enabled() or _watched(cotangents)):
                 gradients = op.bwd(*args)
-            elif not compiling and _forward_mode():
+            elif _forward_mode():
                 # No functorch level can be opened inside a forward-mode dispatcher kernel; here it
                 # can.
                 gradients = op.reference_bwd(*unwrap_dead_wrappers(args))
