@@ -10,6 +10,8 @@ from liger_fn.functional.linear_loss import cross_entropy as room
 
 N, H, V = 12, 4, 40
 OPTIONS = (-100, 0.0, 0.0, None, 1.0)
+# No bias and no weights, of classes or rows; the sums are held as it comes.
+FIVE_AT_A_TIME = (None, None, None, 5, None, False)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ class Multiplications(TorchDispatchMode):
 )
 def test_only_wanted_gradients_are_computed(factors, needs, products):
     with Multiplications() as work:
-        room.fused_linear_cross_entropy_fwd(*factors, None, None, 5, *OPTIONS, *needs)
+        room.fused_linear_cross_entropy_fwd(*factors, *FIVE_AT_A_TIME, *OPTIONS, *needs)
     assert work.count == products * N * H * V
 
 
@@ -73,23 +75,59 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_is_larger_than_the_chunk_or_the_weight(factors):
     with LargestTensor() as largest:
-        room.fused_linear_cross_entropy_fwd(*factors, None, None, 5, *OPTIONS, True, True, False)
+        room.fused_linear_cross_entropy_fwd(*factors, *FIVE_AT_A_TIME, *OPTIONS, True, True, False)
     padded = -(-V // 16) * 16
     assert largest.numel == max(5 * padded, V * H) < N * V
 
 
+def chosen(N, V, H, chunk_size=None, memory_budget=None):
+    """The first chunk, the others, and whether they add up in float32."""
+    weight = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
+    wide = not room.Limits(chunk_size, memory_budget).two_chunks(N, weight)
+    plan = room.Limits(chunk_size, memory_budget, wide).plan(N, weight)
+    assert sum(s.stop - s.start for s in plan.slices(N)) == N
+    return plan.first, plan.rows, wide
+
+
 @pytest.mark.parametrize(
-    ("sizes", "chunk"),
+    ("sizes", "chunks"),
     [
-        ((8192, 128256, 4096, 2), 4096),  # 1 GiB holds 4185 rows
-        ((8192, 262144, 2560, 2), 2048),  # the weight is larger, and holds 2560
-        ((8192, 32000, 4096, 2), 8192),  # all of it fits
-        ((9000, 128256, 4096, 2), 3072),  # three equal chunks, not two and a stub
-        ((7, 2**31, 1, 2), 1),
+        ((4096, 128256, 4096), (4096, 4096, False)),  # all of it fits in 1.25 GiB
+        ((8192, 128256, 4096), (3072, 5120, False)),
+        ((8192, 32000, 4096), (8192, 8192, False)),
+        ((8192, 262144, 2560), (3072, 5120, False)),  # 1.25 GiB more make it two chunks
+        ((16384, 128256, 4096), (7168, 9216, False)),
+        ((65536, 128256, 4096), (4096, 5120, True)),  # too many for 16 bits
+        ((9000, 2**31, 1), (1, 1, True)),
     ],
 )
-def test_default_chunks(sizes, chunk):
-    assert room._chunk_size(*sizes) == chunk
+def test_default_chunks(sizes, chunks):
+    assert chosen(*sizes) == chunks
+
+
+@pytest.mark.parametrize(
+    ("options", "chunks"),
+    [
+        ((2048,), (2048, 2048, True)),
+        ((3000,), (2192, 3000, True)),
+        ((5000,), (3192, 5000, False)),
+        ((None, 1 << 30), (4096, 4096, True)),  # halves err 1.22 times
+        ((None, 1 << 31), (8192, 8192, False)),
+        ((None, 1 << 20), (4, 4, True)),
+    ],
+)
+def test_chosen_chunks(options, chunks):
+    assert chosen(8192, 128256, 4096, *options) == chunks
+
+
+@pytest.mark.parametrize("N", [1, 1000, 8192, 10000, 20000, 65536])
+@pytest.mark.parametrize(
+    ("V", "H"), [(128256, 4096), (151936, 1024), (262144, 2560), (32000, 4096)]
+)
+def test_default_memory_keeps_the_budget(N, V, H):
+    _, rows, wide = chosen(N, V, H)
+    assert rows * V * 2 + wide * 2 * V * H <= (5 << 28) + 2 * V * H
+    assert chosen(8192, 128256, 4096)[1] * 128256 * 2 < 1.3 * 2**30
 
 
 def test_a_target_outside_the_vocabulary_gives_nan(factors):
@@ -114,3 +152,105 @@ def test_float16_keeps_small_probabilities(device):
     exact = 2 * scale * torch.softmax(weight.detach().double()[:, 0], 0)
     # The neighbours of 256 · e^-16 in float16 are 0.2 % away.
     torch.testing.assert_close(weight.grad[1:, 0].double(), exact[1:], rtol=2e-3, atol=0.0)
+
+
+def backward(loss, *inputs, **options):
+    return torch.autograd.grad(loss, inputs, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_kept_graph_gives_the_same_again(device, factors, reduction):
+    weight, x, y = (t.requires_grad_() if t.is_floating_point() else t for t in factors)
+    loss = fused_linear_cross_entropy(weight, x, y, reduction=reduction)
+    loss = (loss * torch.arange(1.0, loss.numel() + 1, device=device).view(loss.shape)).sum() * 3.0
+    first = backward(loss, weight, x, retain_graph=True)
+    copies = [g.clone() for g in first]
+    for again in (backward(loss, weight, x, retain_graph=True), backward(loss, weight, x)):
+        assert all(torch.equal(a, b) for a, b in zip(again, copies, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+def places(tensors):
+    return {t.data_ptr() for t in tensors if t is not None}
+
+
+def test_a_mean_gives_away_the_gradients_it_has(factors):
+    weight, x, y = (t.requires_grad_() if t.is_floating_point() else t for t in factors)
+    loss = fused_linear_cross_entropy(weight, x, y)
+    held = places(loss.grad_fn.saved_tensors)
+    assert places(backward(loss, weight, x)) <= held
+
+    loss = fused_linear_cross_entropy(weight, x, y)
+    held = places(loss.grad_fn.saved_tensors)
+    assert held.isdisjoint(places(backward(loss, weight, x, retain_graph=True)))
+
+
+def test_what_hooks_saw_is_not_given_away(factors):
+    weight, x, y = (t.requires_grad_() if t.is_floating_point() else t for t in factors)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        loss = fused_linear_cross_entropy(weight, x, y)
+    before = [t.clone() for t in seen]
+    backward(loss * 3.0, weight, x)
+    assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_rows_that_do_not_count_can_be_left_out(device, factors, reduction):
+    weight, x, y = (t.requires_grad_() if t.is_floating_point() else t for t in factors)
+    y[::3] = -100
+    y[1] = -100
+    upstream = torch.arange(1.0, N + 1, device=device) if reduction == "none" else 2.0
+
+    def answers(**options):
+        loss = fused_linear_cross_entropy(weight, x, y, reduction=reduction, **options)
+        return loss, *backward((loss * upstream).sum(), weight, x)
+
+    for most in (7, 9, 100):
+        torch.testing.assert_close(answers(max_valid=most), answers())
+    for t in answers(max_valid=6):
+        assert t.isnan().any()
+
+
+def test_rows_that_are_left_out_are_not_multiplied(factors, monkeypatch):
+    weight, x, y = factors
+    y[4:] = -100
+    rows, of_sum = [], room._of_sum
+    monkeypatch.setattr(
+        room, "_of_sum", lambda weight, x, *rest: rows.append(len(x)) or of_sum(weight, x, *rest)
+    )
+    fused_linear_cross_entropy(weight, x, y, max_valid=4)
+    assert rows == [4]
+
+
+def test_num_items_divides_a_mean(device, factors):
+    weight, x, y = factors
+    total = fused_linear_cross_entropy(weight, x, y, reduction="sum")
+    for items in (7, 7.0, torch.tensor(7), torch.tensor(7.0, device=device)):
+        mean = fused_linear_cross_entropy(weight, x, y, num_items=items)
+        torch.testing.assert_close(mean, total / 7)
+
+
+def test_sums_of_chunks_err_as_little_as_stated(device):
+    torch.manual_seed(0)
+    V, H, N = 256, 64, 1024
+    weight, x = torch.randn(V, H) / 8, torch.randn(N, H)
+    weight, x = (t.to(device, torch.bfloat16).requires_grad_() for t in (weight, x))
+    y = torch.randint(V, (N,), device=device)
+
+    def error(chunk_size, wide=False):
+        # As the forward pass holds it: Triton's interpreter does not round to the nearest.
+        unit = torch.full((N,), 1.0 / N, device=device)
+        chunks = (None, None, unit, chunk_size, None, wide)
+        held = room.fused_linear_cross_entropy_fwd(
+            weight.detach(), x.detach(), y, *chunks, *OPTIONS, True, False, False
+        )[1]
+        return (held.to(torch.bfloat16).double() - exact).norm()
+
+    double = weight.double().detach().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x.double() @ double.t(), y)
+    exact = backward(loss, double)[0]
+    whole = error(N)
+    assert error(N * 5 // 8) < 1.2 * whole
+    assert error(64, wide=True) < 1.05 * whole
+    assert error(64) > 1.5 * whole

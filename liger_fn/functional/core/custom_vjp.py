@@ -53,6 +53,8 @@ _any_requires_grad = _C._any_requires_grad
 _autocast_active = _C._is_any_autocast_enabled
 _jit_tracing_state = _C._get_tracing_state
 _grad_enabled = torch.is_grad_enabled
+_keep_graph = _C._autograd._get_current_graph_task_keep_graph
+_saved_tensors_hooks = partial(_C._autograd._top_saved_tensors_default_hooks, True)
 
 
 def custom_vjp(
@@ -78,7 +80,8 @@ def custom_vjp(
         reference: the meaning in differentiable PyTorch; takes the inputs by name, returns the
             results.
         fwd, bwd: pure launchers, returning tuples of fresh tensors. On meta tensors they only
-            allocate.
+            allocate. A bwd that is told that its residuals are `donated`, which nobody will read
+            again, may write on them and return them.
         results, residuals: what fwd returns, in order; users see the results.
         grads: the inputs that bwd differentiates, in its order; the others are constants.
         linear: inputs that bwd does not need since the op is linear in them; the i-th has the shape
@@ -323,7 +326,7 @@ def _vjp_function(op: _Op) -> type:
     """The first derivative: fwd, keep what bwd names, bwd."""
     names = op.names
     n_results, n_inputs = len(names.results), len(names.inputs)
-    pool = names.saved + names.cotangents + names.statics + names.needs
+    pool = names.saved + names.cotangents + names.statics + names.needs + ("donated",)
     returned = names.fwd + names.results + names.residuals
     pick_saved = _picker([returned.index(n) for n in names.saved])
     pick_statics = _picker([names.fwd.index(n) for n in names.statics])
@@ -336,6 +339,7 @@ def _vjp_function(op: _Op) -> type:
         names.grads.index(n) if n in names.grads else nothing for n in names.fwd
     ]
     pick_needs, arrange, spread = map(_picker, (needs_at, bwd_at, grads_at))
+    takes_donations = "donated" in names.bwd
 
     class Vjp(torch.autograd.Function):
         @staticmethod
@@ -354,6 +358,8 @@ def _vjp_function(op: _Op) -> type:
             )
             ctx.save_for_backward(*pick_saved((*args, *out)))
             ctx.statics, ctx.direct = pick_statics(args), keyset is None
+            # Hooks may keep what is saved, or give it back more than once.
+            ctx.private = takes_donations and keyset is None and not _saved_tensors_hooks()
             ctx.set_materialize_grads(n_results > 1)
             if keyset is None:
                 return op.results(out)
@@ -367,11 +373,14 @@ def _vjp_function(op: _Op) -> type:
                 return (None,) * (len(names.fwd) + 1)
             if is_compiling():
                 needs = _pick(needs_at, ctx.needs_input_grad)
-                args = _pick(bwd_at, (*ctx.saved_tensors, *cotangents, *ctx.statics, *needs))
+                args = (*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, False)
+                args = _pick(bwd_at, args)
                 return _pick(grads_at, (*as_tuple(op.bwd_op(*args)), None))
             needs = pick_needs(ctx.needs_input_grad)
-            args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs))
-            if ctx.direct and not (_grad_enabled() or _watched(cotangents)):
+            direct = ctx.direct and not (_grad_enabled() or _watched(cotangents))
+            donated = direct and ctx.private and not _keep_graph()
+            args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, donated))
+            if direct:
                 gradients = op.bwd(*args)
             elif _forward_mode():
                 # No functorch level can be opened inside a forward-mode dispatcher kernel; here it

@@ -4,9 +4,11 @@
     bwd(x, weight, rstd, dy, eps, need_dx, ..) -> one gradient, or None, per differentiable input
 
 What `bwd` names is what the op keeps: inputs, results and residuals by their own names, `d<result>`
-for a cotangent, `need_d<input>` for the question whether that gradient is wanted. `fwd` may ask for
-`need_d<input>` too, last, if it computes gradients ahead. Everything follows from these names: what
-is saved for the backward pass, the schemas of the two dispatcher ops, the order of every argument.
+for a cotangent, `need_d<input>` for the question whether that gradient is wanted, `donated` for the
+question whether the residuals are its own to write on, as nobody will read them again. `fwd` may
+ask for `need_d<input>` too, last, if it computes gradients ahead. Everything follows from these
+names: what is saved for the backward pass, the schemas of the two dispatcher ops, the order of
+every argument.
 """
 
 import inspect
@@ -112,7 +114,7 @@ def read_names(
     )
     names.types.update(dict.fromkeys(names.results + names.residuals, "Tensor?"))
     names.types.update(dict.fromkeys(names.cotangents, "Tensor?"))
-    names.types.update(dict.fromkeys(names.needs, "bool"))
+    names.types.update(dict.fromkeys((*names.needs, "donated"), "bool"))
     _check(names, declared)
     return names
 
@@ -134,7 +136,7 @@ def _check(names: Names, declared: dict[str, str]) -> None:
     kept = {*names.inputs, *names.results, *names.residuals}
     for n in names.bwd:
         contract(
-            n in {*kept, *names.cotangents, *names.needs},
+            n in {*kept, *names.cotangents, *names.needs, "donated"},
             f"bwd names `{n}`, which is no input, result, residual, cotangent or need",
         )
     for n in names.fwd[len(names.inputs) :]:

@@ -1,36 +1,42 @@
-"""Cross entropy of a linear head, C rows of logits at a time.
+"""Cross entropy of a linear head, some rows of logits at a time.
 
-    logits = x · weightᵀ + bias         loss = Σ_rows cross_entropy(logits, y)
+    logits = x · weightᵀ + bias         loss = Σ_rows w_row · cross_entropy(logits, y)
 
     g  = dloss/dlogits                  dweight = gᵀ · x
     dx = g · weight                     dbias   = Σ_rows g
 
-`logits` and `g` share one buffer of C rows, in the dtype of x; the kernel of loss/cross_entropy.py
-writes g over the logits: 6 bytes move per 2-byte logit. All else is matrix products: 2·N·H·V
-operations for the loss, 4·N·H·V for the gradients.
+`logits` and `g` share one buffer, in the dtype of x; the kernel of loss/cross_entropy.py writes g
+over the logits. All else is matrix products: 2·N·H·V operations for the loss, 4·N·H·V for the
+gradients.
 
-A sum has one upstream number, so its gradients are made in the forward pass, for an upstream of 1
-(`unit_dx`, `unit_dweight`, `unit_dbias`; only those wanted), and the backward pass multiplies them
-by that number. They are held in float32, since then each is rounded once, at the very end; in 16
-bits the product with the upstream number would be a second rounding, and float16 might overflow.
-Losses by row have an upstream number each: forward keeps `lse`, 4 bytes a row, and backward makes
-the logits again, another 2·N·H·V operations.
+A weighted sum has one upstream number, so its gradients are made in the forward pass, for an
+upstream of 1 (`unit_dx`, `unit_dweight`, `unit_dbias`; only those wanted), and the backward pass
+multiplies them by the true one. A mean is the sum with weights of one over the count, so its
+upstream number is 1 as a rule: the backward pass then has nothing to do.
+
+Losses by row have an upstream number each. Forward keeps `lse`, 4 bytes a row, and the logits
+themselves if they fit in the buffer; if not, backward makes them again, another 2·N·H·V operations.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
     has_work,
+    sm_count,
     tl,
     triton,
     unit_stride,
@@ -40,9 +46,9 @@ from liger_fn.functional.loss.cross_entropy import (
     check_options,
     check_target,
     launch_rows,
-    mean,
     reduced,
     reference_rows,
+    weight_of,
 )
 
 
@@ -60,8 +66,12 @@ def reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    num_items: Tensor | float | None = None,
+    max_valid: int | None = None,
+    memory_budget: int | None = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    options = {
+    options: dict[str, Any] = {
         "class_weight": class_weight,
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
@@ -69,7 +79,9 @@ def reference(
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
-    loss = reference_of_rows(weight, x, y, bias, chunk_size, **options)
+    loss = reference_rows(F.linear(x, weight, bias), y, **options)
+    if reduction == "mean" and num_items is not None:
+        return loss.sum() / num_items
     return reduced(loss, y, class_weight, ignore_index, reduction)
 
 
@@ -79,13 +91,17 @@ def reference_of_rows(
     y: Tensor,
     bias: Tensor | None,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
+    keep: bool,
     **options: Any,
 ) -> Tensor:
     return reference_rows(F.linear(x, weight, bias), y, **options)
 
 
-def reference_of_sum(**arguments: Any) -> Tensor:
-    return reference_of_rows(**arguments).sum()
+def reference_of_sum(row_weight: Tensor | None, **arguments: Any) -> Tensor:
+    loss = reference_of_rows(keep=False, **arguments)
+    return loss.sum() if row_weight is None else (loss * row_weight.to(loss.dtype)).sum()
 
 
 # The entries of g are probabilities: in a large vocabulary they lie where float16 has few bits left
@@ -93,21 +109,83 @@ def reference_of_sum(**arguments: Any) -> Tensor:
 # z-loss together take an entry to 255.
 _UNIT = {torch.float16: 256.0}
 
-_BUFFER_BYTES = 1 << 30
+
+def _narrowest(dtype: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds gradients of inputs of `dtype` whatever multiplies them."""
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
-def _chunk_size(N: int, V: int, H: int, itemsize: int) -> int:
-    """Rows per chunk: few large products run at full speed.
+_BUFFER_BYTES = 5 << 28
 
-    The buffer takes 1 GiB, or as much as the weight if that is more. Multiples of 128 rows fill the
-    tiles of the products, and equal chunks leave no stub.
+
+@dataclass(frozen=True)
+class Plan:
+    """How N rows are taken: `first` of them, then `rows` at a time."""
+
+    first: int
+    rows: int
+
+    def slices(self, N: int) -> Iterator[slice]:
+        start, stop = 0, self.first
+        while start < N:
+            yield slice(start, stop)
+            start, stop = stop, stop + self.rows
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a chunk; `wide` says that sums over chunks are held in float32.
+
+    Sums in 16 bits are rounded once a chunk. Of two chunks the first takes 3/8 of the rows: then
+    the error of the sum is √(1 + 3/8) = 1.17 times that of one rounding. More chunks are added in
+    float32, unless the memory that this takes buys a buffer for which two suffice.
     """
-    most = max(1, max(_BUFFER_BYTES // itemsize, V * H) // V)
-    if most >= N:
-        return N
-    tile = min(128, most)
-    balanced = cdiv(N, cdiv(N, most // tile * tile))
-    return cdiv(balanced, tile) * tile
+
+    chunk_size: int | None
+    memory_budget: int | None
+    wide: bool = False
+
+    def plan(self, N: int, weight: Tensor) -> Plan:
+        """Choose the chunks: few large products run at full speed."""
+        if self.chunk_size is not None:
+            most = self.chunk_size
+        else:
+            most, larger = self._most(weight), self._most(weight, with_sums=True)
+            if not self.wide and not _half(most, N) and _half(larger, N):
+                most = larger
+        if most >= N:
+            return Plan(N, N)
+        count = cdiv(N, most)
+        if self.chunk_size is None:
+            share = cdiv(5 * N, 8) if count == 2 else cdiv(N, count)
+            most = min(most, cdiv(share, 128) * 128)
+        return Plan(N - (count - 1) * most, most)
+
+    def one_chunk(self, N: int, weight: Tensor) -> bool:
+        """Say whether one chunk surely holds N rows, which a compiler may not know."""
+        return statically_known_true((self.chunk_size or self._most(weight)) >= N)
+
+    def two_chunks(self, N: int, weight: Tensor) -> bool:
+        """Say whether two chunks surely hold N rows, and err little."""
+        if self.chunk_size is not None:
+            return statically_known_true(2 * self.chunk_size >= N)
+        return statically_known_true(_half(self._most(weight, with_sums=True), N))
+
+    def _most(self, weight: Tensor, with_sums: bool = False) -> int:
+        """Rows in the budget; `with_sums`, in that and the memory that wide sums would take."""
+        V, H = weight.shape
+        if self.memory_budget is None:
+            room = _BUFFER_BYTES + with_sums * V * H * weight.itemsize
+        else:
+            room = self.memory_budget
+        rows = room // (_width(V) * weight.itemsize)
+        # Multiples of 128 rows fill the tiles of the products.
+        return rows // 128 * 128 if rows >= 128 else max(1, rows)
+
+
+def _half(rows: int, N: int) -> bool:
+    """Say whether so many rows and the rest make two chunks whose sum errs at most 1.2 times."""
+    return 25 * rows >= 14 * N
 
 
 @contextlib.contextmanager
@@ -120,23 +198,22 @@ def _dtypes_as_given(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _chunks(
-    weight: Tensor, x: Tensor, bias: Tensor | None, chunk_size: int | None
-) -> Iterator[tuple[slice, Tensor, int]]:
-    """Give the rows, the logits and the padded width of each chunk; all logits share one buffer."""
-    (N, H), V = x.shape, weight.shape[0]
-    C = min(N, chunk_size or _chunk_size(N, V, H, x.element_size()))
-    # Rows that begin on 16 bytes keep products and kernel fast for any V.
-    width = cdiv(V, 16) * 16
-    buffer = x.new_empty((C, width))
-    for start in range(0, N, C):
-        rows = slice(start, min(start + C, N))
-        logits = buffer[: rows.stop - start, :V]
+def _width(V: int) -> int:
+    """Columns of memory for V logits: rows that begin on 16 bytes keep products and kernel fast."""
+    return cdiv(V, 16) * 16
+
+
+def _logits(
+    weight: Tensor, x: Tensor, bias: Tensor | None, slices: Iterator[slice], buffer: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Give the logits of each slice of rows; all share one buffer."""
+    for rows in slices:
+        logits = buffer[: rows.stop - rows.start, : weight.shape[0]]
         if bias is None:
             torch.mm(x[rows], weight.t(), out=logits)
         else:
             torch.addmm(bias, x[rows], weight.t(), out=logits)
-        yield rows, logits, width
+        yield rows, logits
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -174,7 +251,10 @@ def fused_linear_cross_entropy_fwd(
     y: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
+    row_weight: Tensor | None,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -184,26 +264,31 @@ def fused_linear_cross_entropy_fwd(
     need_dx: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    acc = accumulator(x.dtype)
+    (V, H), N, acc = weight.shape, y.numel(), accumulator(x.dtype)
+    held = acc if wide else _narrowest(x.dtype)
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(y) else x.new_zeros
-    unit_dweight = make(weight.shape, dtype=acc) if need_dweight else None
-    unit_dx = make(x.shape, dtype=acc) if need_dx else None
-    unit_dbias = make(weight.shape[:1], dtype=acc) if need_dbias else None
+    unit_dweight = make(weight.shape, dtype=held) if need_dweight else None
+    unit_dx = make(x.shape, dtype=held) if need_dx else None
+    unit_dbias = make((V,), dtype=acc) if need_dbias else None
     if not has_work(y):
         return x.new_zeros((), dtype=acc), unit_dweight, unit_dx, unit_dbias
 
-    x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+    chunks = Limits(chunk_size, memory_budget, wide).plan(N, weight)
+    x, y = x.reshape(N, H), y.reshape(-1)
+    row_weight = None if row_weight is None else row_weight.reshape(-1)
     dx = None if unit_dx is None else unit_dx.view(x.shape)
-    loss, lse = x.new_empty((2, len(y)), dtype=acc)
+    loss, lse = x.new_empty((2, N), dtype=acc)
     needed = need_dweight or need_dx or need_dbias
     with _dtypes_as_given(x.device):
-        for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+        buffer = x.new_empty((chunks.rows, _width(V)))
+        for rows, logits in _logits(weight, x, bias, chunks.slices(N), buffer):
             launch_rows(
                 logits, y[rows], class_weight, lse[rows],
                 ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-                loss=loss[rows], dlogits=logits if needed else None,
-                unit=_UNIT.get(x.dtype, 1.0), width=width,
+                loss=loss[rows], dloss=None if row_weight is None else row_weight[rows],
+                dlogits=logits if needed else None,
+                unit=_UNIT.get(x.dtype, 1.0), width=buffer.shape[1],
             )  # fmt: skip
             _pull_back(logits, weight, x, rows, unit_dweight, dx, unit_dbias)
     return loss.sum(), unit_dweight, unit_dx, unit_dbias
@@ -211,22 +296,34 @@ def fused_linear_cross_entropy_fwd(
 
 @triton.jit
 def _times_scalar_kernel(
-    unit_ptr, scalar_ptr, out_ptr, n, UNIT: tl.constexpr, BLOCK: tl.constexpr
+    unit_ptr, scalar_ptr, out_ptr, n, strip,
+    UNIT: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    unit = tl.load(unit_ptr + i, mask=i < n, other=0.0)
     scalar = tl.load(scalar_ptr) / UNIT
-    tl.store(out_ptr + i, unit * scalar, mask=i < n)
+    first = tl.program_id(0).to(tl.int64) * strip
+    strip = tl.where(scalar == 1.0, 0, strip) if IN_PLACE else strip
+    for start in range(0, strip, BLOCK):
+        i = first + start + tl.arange(0, BLOCK)
+        unit = tl.load(unit_ptr + i, mask=i < n, other=0.0)
+        tl.store(out_ptr + i, unit * scalar, mask=i < n)
 
 
-def _times_scalar(unit: Tensor, scalar: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply the gradients of a unit upstream by the true one, which stays on the device."""
-    out = unit.new_empty(unit.shape, dtype=dtype)
+def _times_scalar(unit: Tensor, scalar: Tensor, dtype: torch.dtype, donated: bool) -> Tensor:
+    """Multiply the gradients of a unit upstream by the true one, which stays on the device.
+
+    Memory that is given away takes the product: then a factor of 1 costs nothing.
+    """
+    in_place = donated and unit.dtype is dtype and unit.is_contiguous()
+    out = unit if in_place else unit.new_empty(unit.shape, dtype=dtype)
     if has_work(out):
-        n, factor = out.numel(), _UNIT.get(dtype, 1.0)
-        _times_scalar_kernel[(cdiv(n, 4096),)](
-            unit_stride(unit), scalar, out, n, UNIT=factor, BLOCK=4096, num_warps=8
-        )
+        n, factor, block = out.numel(), _UNIT.get(dtype, 1.0), 4096
+        programs = min(cdiv(n, block), 16 * sm_count(out.device))
+        strip = cdiv(cdiv(n, programs), block) * block
+        launch(
+            _times_scalar_kernel, (cdiv(n, strip),),
+            unit_stride(unit), scalar, out, n, strip,
+            UNIT=factor, IN_PLACE=in_place, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return out
 
 
@@ -236,11 +333,14 @@ def fused_linear_cross_entropy_bwd(
     y: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
+    row_weight: Tensor | None,
     unit_dweight: Tensor | None,
     unit_dx: Tensor | None,
     unit_dbias: Tensor | None,
     dloss: Tensor,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -249,11 +349,12 @@ def fused_linear_cross_entropy_bwd(
     need_dweight: bool,
     need_dx: bool,
     need_dbias: bool,
+    donated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
-        _times_scalar(unit_dweight, dloss, x.dtype) if need_dweight else None,
-        _times_scalar(unit_dx, dloss, x.dtype) if need_dx else None,
-        _times_scalar(unit_dbias, dloss, x.dtype) if need_dbias else None,
+        _times_scalar(unit_dweight, dloss, x.dtype, donated) if need_dweight else None,
+        _times_scalar(unit_dx, dloss, x.dtype, donated) if need_dx else None,
+        _times_scalar(unit_dbias, dloss, x.dtype, donated) if need_dbias else None,
     )
 
 
@@ -265,7 +366,7 @@ _of_sum = custom_vjp(
     results="loss",
     residuals="unit_dweight unit_dx unit_dbias",
     grads="weight x bias",
-    rows="x y unit_dx",
+    rows="x y row_weight unit_dx",
     sums="unit_dweight unit_dbias",
     autocast="weight x bias",
 )
@@ -278,26 +379,40 @@ def fused_linear_cross_entropy_rows_fwd(
     bias: Tensor | None,
     class_weight: Tensor | None,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
+    keep: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:
+    need_dweight: bool,
+    need_dx: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (V, H), N = weight.shape, y.numel()
+    keep = keep and (need_dweight or need_dx or need_dbias)
     loss = x.new_empty(y.shape, dtype=accumulator(x.dtype))
     lse = torch.empty_like(loss)
+    kept = x.new_empty((*y.shape, _width(V) if keep else 0))
 
     if has_work(loss):
-        x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+        limits = Limits(chunk_size, memory_budget, wide)
+        chunks = Plan(N, N) if keep else limits.plan(N, weight)
+        x, y = x.reshape(N, H), y.reshape(-1)
         each_loss, each_lse = loss.view(-1), lse.view(-1)
+        buffer = kept.view(N, -1) if keep else x.new_empty((chunks.rows, _width(V)))
+        if keep:
+            buffer[:, V:] = 0.0
         with _dtypes_as_given(x.device):
-            for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+            for rows, logits in _logits(weight, x, bias, chunks.slices(N), buffer):
                 launch_rows(
                     logits, y[rows], class_weight, each_lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-                    loss=each_loss[rows], width=width,
+                    loss=each_loss[rows], width=buffer.shape[1],
                 )  # fmt: skip
-    return loss, lse
+    return loss, lse, kept
 
 
 def fused_linear_cross_entropy_rows_bwd(
@@ -307,8 +422,12 @@ def fused_linear_cross_entropy_rows_bwd(
     bias: Tensor | None,
     class_weight: Tensor | None,
     lse: Tensor,
+    kept: Tensor,
     dloss: Tensor,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
+    keep: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -317,24 +436,34 @@ def fused_linear_cross_entropy_rows_bwd(
     need_dweight: bool,
     need_dx: bool,
     need_dbias: bool,
+    donated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (V, H), N = weight.shape, y.numel()
+    held = lse.dtype if wide else x.dtype
     make = x.new_empty if has_work(y) else x.new_zeros
-    dweight = make(weight.shape, dtype=lse.dtype) if need_dweight else None
+    dweight = make(weight.shape, dtype=held) if need_dweight else None
     dx = make(x.shape) if need_dx else None
-    dbias = make(weight.shape[:1], dtype=lse.dtype) if need_dbias else None
+    dbias = make((V,), dtype=lse.dtype) if need_dbias else None
 
     if has_work(y):
-        x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+        chunks = Limits(chunk_size, memory_budget, wide).plan(N, weight)
+        x, y = x.reshape(N, H), y.reshape(-1)
         lse, dloss = lse.reshape(-1), dloss.reshape(-1)
         each_dx = None if dx is None else dx.view(x.shape)
+        is_kept = kept.shape[-1] > 0
+        kept = unit_stride(kept).view(N, kept.shape[-1])
+        rows_at_once = N if is_kept else chunks.rows
+        buffer = kept if is_kept and donated else x.new_empty((rows_at_once, _width(V)))
         with _dtypes_as_given(x.device):
-            for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+            logits_again = _logits(weight, x, bias, chunks.slices(N), buffer)
+            for rows, logits in [(slice(0, N), kept[:, :V])] if is_kept else logits_again:
+                g = buffer[: len(logits), :V]
                 launch_rows(
                     logits, y[rows], class_weight, lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-                    dloss=dloss[rows], dlogits=logits, width=width,
+                    dloss=dloss[rows], dlogits=g, width=buffer.shape[1],
                 )  # fmt: skip
-                _pull_back(logits, weight, x, rows, dweight, each_dx, dbias)
+                _pull_back(g, weight, x, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,
@@ -348,9 +477,9 @@ _of_rows = custom_vjp(
     fwd=fused_linear_cross_entropy_rows_fwd,
     bwd=fused_linear_cross_entropy_rows_bwd,
     results="loss",
-    residuals="lse",
+    residuals="lse kept",
     grads="weight x bias",
-    rows="x y loss lse",
+    rows="x y loss lse kept",
     autocast="weight x bias",
 )
 
@@ -359,6 +488,37 @@ def _dtype_inside(t: Tensor) -> torch.dtype:
     """The dtype in which the op sees t."""
     given = autocast_dtype(t.device.type)
     return t.dtype if given is None or t.dtype is torch.float64 else given
+
+
+def _first_valid(
+    x: Tensor, y: Tensor, ignore_index: int, max_valid: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the rows that count, `max_valid` rows in all, their places, and NaN if there are more.
+
+    The order is found on the device: a stable sort by whether a row counts.
+    """
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
+    ignored = y == ignore_index
+    places = torch.argsort(ignored.to(torch.uint8), stable=True)[:max_valid]
+    valid = ignored.numel() - ignored.sum()
+    sound = torch.where(valid > max_valid, math.nan, 1.0)
+    return x.index_select(0, places), y.index_select(0, places), places, sound
+
+
+def _items(
+    num_items: Tensor | float | None,
+    x: Tensor,
+    y: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """What a mean divides by, on the device of x."""
+    dtype = accumulator(x.dtype)
+    if num_items is None:
+        return weight_of(y, class_weight, ignore_index, dtype)
+    if isinstance(num_items, Tensor):
+        return num_items.detach().to(x.device, dtype)
+    return torch.full((), num_items, device=x.device, dtype=dtype)
 
 
 def _check_factor(name: str, t: Tensor, x: Tensor) -> None:
@@ -383,6 +543,10 @@ def fused_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    num_items: Tensor | float | None = None,
+    max_valid: int | None = None,
+    memory_budget: int | None = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Compute the cross entropy of a linear head without holding its logits.
 
@@ -393,11 +557,20 @@ def fused_linear_cross_entropy(
         x: (..., H), the dtype of weight (under autocast all are cast as F.linear casts them).
         y: (...), any integer dtype: the targets. A target outside [0, V) that is not ignore_index
             makes the loss and the gradients NaN.
-        chunk_size: rows of logits held at once; None: as many as fit in 1 GiB, or in the bytes of
-            weight if that is more, in equal chunks. Results agree for every size up to rounding.
+        chunk_size: rows of logits held at once; None: what `memory_budget` allows. Results agree
+            for every size up to rounding.
         bias: (V,), the dtype of weight; None: no bias.
         class_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale: as in
             `cross_entropy`; softcap and scale apply after the bias.
+        num_items: what "mean" divides by, a number or a scalar tensor on any device, for those who
+            average over more than this call; None: the (weighted) count of targets that count.
+        max_valid: at most so many targets are not ignore_index, if the host knows: then rows that
+            do not count cost nothing, forward or backward. More of them make the loss NaN. None:
+            they cost as much as others, for to look would be to wait for the device.
+        memory_budget: bytes of logits held at once; None: 1.25 GiB; or, where only that leaves no
+            more than two chunks, the bytes of weight in addition.
+        accum_dtype: the dtype in which chunks add up and the gradients of a mean or sum are held.
+            None: the dtype of x (float32 for float16) for one or two chunks, float32 for more.
 
     Returns:
         float32 (float64 for float64 x): a scalar, or (...) for reduction "none".
@@ -408,13 +581,15 @@ def fused_linear_cross_entropy(
         ValueError: a shape or device does not fit, an option is out of its range.
 
     Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
-        the loss and dweight add up in float32. For "mean" and "sum" every gradient is rounded once,
-        after the upstream gradient has multiplied it (in float16 they are 256 times as large until
-        then). float64 throughout for float64 inputs.
-    Memory: one buffer of chunk_size · V logits while a pass runs. Until the backward pass live
-        weight, x, y and, for "mean" and "sum", the wanted gradients in float32 (4·V·H bytes for
-        weight, 4·H a row for x); for "none" 4 bytes a row, and the backward pass makes the logits
-        again. The reference, which is what runs on a CPU, holds all logits.
+        losses never are. Gradients are rounded as those of PyTorch's products where one chunk holds
+        all rows; the sum of two chunks, by default, errs 1.17 times as much; sums in float32 as
+        little as one chunk. An upstream gradient of "mean" or "sum" that is no power of two rounds
+        once more. float64 throughout for float64 inputs.
+    Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in
+        float32 another 4·V·H bytes. Until the backward pass live weight, x, y and, for "mean" and
+        "sum", the wanted gradients; for "none" the logits if the budget holds all of them, else 4
+        bytes a row, and the backward pass makes them again. The reference, which is what runs on a
+        CPU, holds all logits.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al.,
         "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024 (gradients made forward).
     """
@@ -439,8 +614,50 @@ def fused_linear_cross_entropy(
         label_smoothing, z_loss, softcap, logit_scale,
     )  # fmt: skip
 
-    options = (chunk_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    inside = _dtype_inside(x)
+    if accum_dtype not in (None, _narrowest(inside), accumulator(inside)):
+        either = " or ".join(dict.fromkeys(map(str, (_narrowest(inside), accumulator(inside)))))
+        check.fail(op, "accum_dtype", f"be {either} for `x` of {inside}, or None", accum_dtype)
+    if memory_budget is not None:
+        positive = isinstance(memory_budget, (int, torch.SymInt)) and memory_budget > 0
+        contract = "be a positive number of bytes, or None"
+        check.number(op, "memory_budget", memory_budget, contract, positive)
+    if max_valid is not None:
+        natural = isinstance(max_valid, (int, torch.SymInt)) and max_valid >= 0
+        check.number(op, "max_valid", max_valid, "be a whole number of rows, or None", natural)
+    if num_items is not None:
+        if reduction != "mean":
+            check.fail(op, "num_items", 'be None unless `reduction` is "mean"', num_items)
+        if isinstance(num_items, Tensor):
+            check.shape(op, "num_items", num_items, (), "one number")
+        else:
+            check.number(op, "num_items", num_items, "be positive", num_items > 0)
+
+    whole, few = y.shape, max_valid is not None and max_valid < y.numel()
+    if few:
+        x, y, places, sound = _first_valid(x, y, ignore_index, max_valid)
+    # What the backward pass gets depends on these, so a compiler that leaves the number of rows
+    # open gets what is right for all.
+    limits = Limits(chunk_size, memory_budget)
+    keep, wide = limits.one_chunk(y.numel(), weight), not limits.two_chunks(y.numel(), weight)
+    if accum_dtype is not None:
+        wide = accum_dtype is not _narrowest(inside)
+    chunks = (chunk_size, memory_budget, wide)
+    options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if reduction == "none":
-        return _of_rows(weight, x, y, bias, class_weight, *options)
-    total = _of_sum(weight, x, y, bias, class_weight, *options)
-    return total if reduction == "sum" else mean(total, y, class_weight, ignore_index)
+        loss = _of_rows(weight, x, y, bias, class_weight, *chunks, keep, *options)
+        if few:
+            nothing = loss.new_zeros(whole.numel())
+            loss = nothing.index_copy(0, places, loss * sound.to(loss.dtype)).view(whole)
+        return loss
+
+    row_weight = items = None
+    if reduction == "mean":
+        items = _items(num_items, x, y, class_weight, ignore_index)
+        # In float16 the gradients of a mean would lose their low bits.
+        if inside is not torch.float16:
+            row_weight = items.reciprocal().expand(y.shape)
+    loss = _of_sum(weight, x, y, bias, class_weight, row_weight, *chunks, *options)
+    if items is not None and row_weight is None:
+        loss = loss / items
+    return loss * sound.to(loss.dtype) if few else loss

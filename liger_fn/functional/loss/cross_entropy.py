@@ -24,6 +24,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -100,16 +101,23 @@ def reduced(
 
 
 def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Divide by the weight of the rows that count; by infinity, which gives 0, if none does."""
+    """Divide by the weight of the rows that count."""
+    return total / weight_of(target, class_weight, ignore_index, total.dtype)
+
+
+def weight_of(
+    target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight of the rows that count; infinity, which makes a mean 0, if none does."""
     target = target.long()
     counts = target != ignore_index
     if class_weight is None:
-        weight = counts.sum().to(total.dtype)
+        weight = counts.sum().to(dtype)
     else:
         t = target.clamp(0, class_weight.shape[0] - 1)
         # Detached, for class weights are constants: the losses give them no gradient either.
-        weight = (class_weight.detach().to(total.dtype)[t] * counts).sum()
-    return total / weight.masked_fill(weight == 0, math.inf)
+        weight = (class_weight.detach().to(dtype)[t] * counts).sum()
+    return weight.masked_fill(weight == 0, math.inf)
 
 
 @triton.jit
@@ -142,6 +150,12 @@ def _slope(z, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
+def _columns(BLOCK_V: tl.constexpr):
+    """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
+    return tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr, target_ptr, class_weight_ptr, total_weight_ptr,
     loss_ptr, lse_ptr, dloss_ptr, dlogits_ptr,
@@ -149,8 +163,9 @@ def _cross_entropy_kernel(
     T, V, width, slab, ignore_index,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_DLOSS: tl.constexpr,
-    NEED_LOSS: tl.constexpr, NEED_DLOGITS: tl.constexpr,
-    UNIT: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
+    NEED_LOSS: tl.constexpr, NEED_DLOGITS: tl.constexpr, PADDED: tl.constexpr,
+    UNIT: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += (row // T) * logits_stride_b + (row % T) * logits_stride_t
@@ -164,37 +179,46 @@ def _cross_entropy_kernel(
         hit *= tl.load(class_weight_ptr + t).to(COMPUTE)
         if SMOOTHING != 0.0:
             total_weight = tl.load(total_weight_ptr)
-    block = tl.arange(0, BLOCK_V)
 
     if NEED_LOSS:
         # Read before the reductions, where warps wait for each other: dlogits may be logits itself,
         # and a warp that runs ahead writes it.
         x_t = tl.load(logits_ptr + t).to(COMPUTE)
-        # Each lane keeps a maximum and a sum relative to it: one exponential an element, and no
-        # lane waits for another before the end of the row.
-        top = tl.full((BLOCK_V,), LOWEST, COMPUTE)
-        sums = tl.zeros((BLOCK_V,), COMPUTE)
-        weighted = tl.zeros((BLOCK_V,), COMPUTE)
+        # Eight neighbours, which one thread loads, share a maximum and a sum relative to it: an
+        # element costs one exponential and few instructions more, and no thread waits for another
+        # before the end of the row.
+        top = tl.full((BLOCK_V // 8,), LOWEST, COMPUTE)
+        sums = tl.zeros((BLOCK_V // 8,), COMPUTE)
+        weighted = tl.zeros((BLOCK_V // 8,), COMPUTE)
         for start in range(0, tl.where(live, V, 0), BLOCK_V):
-            col = start + block
-            x = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
-            z = tl.where(col < V, _scaled_and_capped(x, SCALE, CAP), float("-inf"))
-            e = tl.exp(-tl.abs(z - top))
-            sums = tl.where(z > top, sums * e + 1.0, sums + e)
-            top = tl.maximum(top, z)
+            col = start + _columns(BLOCK_V)
+            x = tl.load(
+                logits_ptr + col, mask=col < width, other=float("-inf"),
+                eviction_policy="evict_last" if NEED_DLOGITS else "",
+            ).to(COMPUTE)  # fmt: skip
+            z = _scaled_and_capped(x, SCALE, CAP)
+            if PADDED or CAP is not None or SCALE <= 0.0:
+                z = tl.where(col < V, z, float("-inf"))
+            highest = tl.maximum(top, tl.max(z, axis=1))
+            sums *= tl.exp(top - highest)
+            sums += tl.sum(tl.exp(z - highest[:, None]), axis=1)
+            top = highest
             if SMOOTHING != 0.0:
                 z = tl.where(col < V, z, 0.0)
                 if HAS_CLASS_WEIGHT:
                     z *= tl.load(class_weight_ptr + col, mask=col < V, other=0.0).to(COMPUTE)
-                weighted += z
+                weighted += tl.sum(z, axis=1)
 
         highest = tl.where(live, tl.max(top, axis=0), 0.0)
-        lse = highest + tl.log(tl.where(live, tl.sum(sums * tl.exp(top - highest), axis=0), 1.0))
+        total = tl.where(live, tl.sum(sums * tl.exp(top - highest), axis=0), 1.0)
+        lse = highest + tl.log(total)
         loss = hit * (lse - _scaled_and_capped(x_t, SCALE, CAP))
         if SMOOTHING != 0.0:
             loss += SMOOTHING * (total_weight * lse - tl.sum(weighted, axis=0)) / V
         if Z_LOSS != 0.0:
             loss += Z_LOSS * lse * lse
+        if HAS_DLOSS:
+            loss *= tl.load(dloss_ptr + row * dloss_stride_n).to(COMPUTE)
         loss = tl.where(live, tl.where(known, loss, float("nan")), 0.0)
         tl.store(loss_ptr + row, loss)
         tl.store(lse_ptr + row, lse)
@@ -211,11 +235,14 @@ def _cross_entropy_kernel(
         first = tl.program_id(1) * slab
         last = tl.minimum(first + slab, width)
         readable = tl.where(live, last, 0)
-        last_block = first + (last - first - 1) // BLOCK_V * BLOCK_V
-        for step in range(0, last - first, BLOCK_V):
+        last_block = first + (last - first - 1) // BLOCK_G * BLOCK_G
+        for step in range(0, last - first, BLOCK_G):
             # Backwards: what the sum over the row read last is still in the caches.
-            col = last_block - step + block
-            x = tl.load(logits_ptr + col, mask=col < readable, other=0.0).to(COMPUTE)
+            col = last_block - step + _columns(BLOCK_G)
+            x = tl.load(
+                logits_ptr + col, mask=col < readable, other=0.0,
+                eviction_policy="evict_first" if NEED_LOSS else "",
+            ).to(COMPUTE)  # fmt: skip
             z = _scaled_and_capped(x, SCALE, CAP)
             dz = pull * tl.exp(z - lse)
             if SMOOTHING != 0.0:
@@ -226,21 +253,25 @@ def _cross_entropy_kernel(
                     dz -= share
             dz = tl.where(col == t, dz - hit, dz)
             dx = tl.where(live, g * dz * _slope(z, SCALE, CAP), 0.0)
-            tl.store(dlogits_ptr + row * dlogits_stride_n + col, dx, mask=col < last)
+            tl.store(
+                dlogits_ptr + row * dlogits_stride_n + col, dx, mask=col < last,
+                eviction_policy="evict_first" if NEED_LOSS else "",
+            )  # fmt: skip
 
 
 def _cross_entropy_config(V: int, reads_twice: bool, heavy: bool) -> dict:
-    """The fastest of a sweep on an H100 over blocks of 2048 to 16384 and 4 to 32 warps.
+    """The fastest of a sweep on an H100, over blocks of 1024 to 32768 and 2 to 32 warps.
 
-    16 elements a thread keep two 16-byte loads in flight. A row that is read twice wants half the
-    threads of a multiprocessor: then the rows in flight fit in the second-level cache. Where the
-    arithmetic is heavy, a quarter, for twice the registers.
+    A row that is read twice wants all the threads of a multiprocessor, or two: then the rows in
+    flight fit in the second-level cache. Where the arithmetic is heavy, half of them, for twice the
+    registers. A row that is read once leaves the order to the hardware.
     """
     if not reads_twice:
-        block_v = min(next_power_of_2(V), 2048)
-        return {"BLOCK_V": block_v, "num_warps": max(1, block_v // 512)}
-    block_v = min(next_power_of_2(V), 8192)
-    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (512 if heavy else 256))}
+        block_v = max(8, min(next_power_of_2(V), 4096))
+        return {"BLOCK_V": block_v, "BLOCK_G": block_v, "num_warps": max(1, block_v // 512)}
+    block_v = max(8, min(next_power_of_2(V), 8192 if heavy else 16384))
+    block_g = max(8, min(block_v, 8192))
+    return {"BLOCK_V": block_v, "BLOCK_G": block_g, "num_warps": max(1, block_v // 512)}
 
 
 _SLAB = 16384
@@ -265,7 +296,8 @@ def launch_rows(
 ) -> None:
     """Write loss and lse if loss is given, and dlogits, which may be logits itself, if it is given.
 
-    dlogits is the gradient of unit · Σ_rows dloss · loss, with dloss 1 if it is not given.
+    dlogits is the gradient of unit · Σ_rows dloss · loss, with dloss 1 if it is not given. Given
+    with loss, dloss is the weight of the row in a sum, and loss is the row's term of that sum.
     logits (..., V) may have any strides; loss and lse are contiguous, and so is dlogits but for the
     stride of its rows. Rows may be padded to `width` elements of memory, which are then read and
     written too: with a width of whole vectors a vocabulary of any size moves at full speed.
@@ -282,14 +314,15 @@ def launch_rows(
     heavy = softcap is not None or label_smoothing != 0.0 or lse.dtype is torch.float64
     width = V if width is None else width
     slab = width if dlogits is None or loss is not None else _SLAB
-    _cross_entropy_kernel[(target.numel(), cdiv(width, slab))](
+    launch(
+        _cross_entropy_kernel, (target.numel(), cdiv(width, slab)),
         logits, target, class_weight, total_weight, loss, lse, dloss, dlogits,
         logits.stride(0), logits.stride(1),
         0 if dlogits is None or dlogits.dim() < 2 else dlogits.stride(-2),
         0 if dloss is None else dloss.stride(0), logits.shape[1], V, width, slab, ignore_index,
         SMOOTHING=label_smoothing, Z_LOSS=z_loss, CAP=softcap, SCALE=logit_scale,
         HAS_CLASS_WEIGHT=class_weight is not None, HAS_DLOSS=dloss is not None,
-        NEED_LOSS=loss is not None, NEED_DLOGITS=dlogits is not None,
+        NEED_LOSS=loss is not None, NEED_DLOGITS=dlogits is not None, PADDED=width != V,
         UNIT=unit, LOWEST=torch.finfo(lse.dtype).min, COMPUTE=triton_dtype(lse.dtype),
         **_cross_entropy_config(V, loss is not None and dlogits is not None, heavy),
     )  # fmt: skip

@@ -110,6 +110,7 @@ def compilation(
         "HAS_DLOSS": dlogits and not loss,
         "NEED_LOSS": loss,
         "NEED_DLOGITS": dlogits,
+        "PADDED": False,
         "UNIT": 1.0,
         "LOWEST": torch.finfo(torch.float64 if wide else torch.float32).min,
         "COMPUTE": tl.float64 if wide else tl.float32,

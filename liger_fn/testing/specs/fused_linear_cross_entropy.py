@@ -29,8 +29,14 @@ def case(*shape: int, id: str = "", bias: bool = False, weighted: bool = False, 
     return Case(id or "x".join(map(str, shape)), make)
 
 
-def as_models_write_it(weight, x, y, chunk_size=None, *, bias=None, **options):
-    return as_torch(F.linear(x, weight, bias), y, **options)
+def as_models_write_it(
+    weight, x, y, chunk_size=None, *, bias=None, num_items=None, max_valid=None,
+    memory_budget=None, accum_dtype=None, **options,
+):  # fmt: skip
+    logits = F.linear(x, weight, bias)
+    if num_items is not None:
+        return as_torch(logits, y, **options | {"reduction": "sum"}) / num_items
+    return as_torch(logits, y, **options)
 
 
 def benchmark(N: int, H: int, V: int) -> Benchmark:
@@ -52,12 +58,18 @@ def kernels() -> list[Compilation]:
         for V in (32000, 50257, 262144)
         for name, options in {"plain": {}, "every-option": EVERY_OPTION}.items()
     ]
-    signature = {"unit_ptr": "*fp32", "scalar_ptr": "*fp32", "out_ptr": "*bf16", "n": "i32"}
-    constants = {"UNIT": 1.0, "BLOCK": 4096}
-    return [
-        *over_the_logits,
-        Compilation("upstream", room._times_scalar_kernel, signature, constants, 8),
+    signature = {"scalar_ptr": "*fp32", "out_ptr": "*bf16", "n": "i32", "strip": "i32"}
+    upstream = [
+        Compilation(
+            f"upstream-{held}",
+            room._times_scalar_kernel,
+            {"unit_ptr": f"*{held}"} | signature,
+            {"UNIT": 1.0, "IN_PLACE": held == "bf16", "BLOCK": 4096},
+            8,
+        )
+        for held in ("bf16", "fp32")
     ]
+    return over_the_logits + upstream
 
 
 def _good(draw) -> dict:
@@ -86,6 +98,9 @@ SPEC = OpSpec(
             4, 3, 7, chunk_size=3, softcap=2.0, weighted=True, reduction="none", ignore_index=2,
             id="weighted-rows",
         ),
+        case(2, 3, 4, 7, chunk_size=4, num_items=5, id="divided"),
+        case(6, 3, 7, memory_budget=64, max_valid=5, id="some-rows"),
+        case(6, 3, 7, max_valid=5, reduction="none", id="some-losses"),
     ),
     sizes=(
         case(6, 9, id="single-row"),
@@ -139,6 +154,18 @@ SPEC = OpSpec(
             "`chunk_size` must be a positive integer, or None; got 0."),
         bad("chunk_size float", lambda d: {"chunk_size": 2.0}, ValueError,
             "`chunk_size` must be a positive integer, or None; got 2.0."),
+        bad("memory_budget zero", lambda d: {"memory_budget": 0}, ValueError,
+            "`memory_budget` must be a positive number of bytes, or None; got 0."),
+        bad("max_valid negative", lambda d: {"max_valid": -1}, ValueError,
+            "`max_valid` must be a whole number of rows, or None; got -1."),
+        bad("num_items of a sum", lambda d: {"num_items": 3, "reduction": "sum"}, ValueError,
+            '`num_items` must be None unless `reduction` is "mean"; got 3.'),
+        bad("num_items zero", lambda d: {"num_items": 0}, ValueError,
+            "`num_items` must be positive; got 0."),
+        bad("num_items vector", lambda d: {"num_items": torch.ones(2)}, ValueError,
+            "`num_items` must have shape (), one number; got (2,)."),
+        bad("accum_dtype", lambda d: {"accum_dtype": torch.float16}, ValueError,
+            "`accum_dtype` must be torch.float32 for `x` of torch.float32, or None; got"),
         bad("class_weight shape", lambda d: {"class_weight": d.normal(7)}, ValueError,
             "`class_weight` must have shape (8,), one weight per class; got (7,)."),
         bad("reduction", lambda d: {"reduction": "average"}, ValueError,
