@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from liger_fn.functional import rope
-from liger_fn.functional.position import rope as room
+from liger_fn.functional.core.direct import Bound
 
 
 def angles(T: int, R: int, device, start: int = 0):
@@ -58,12 +58,7 @@ def test_angles_may_come_once_or_twice(device):
 
 def test_heads_of_a_projection_are_not_copied(device, monkeypatch):
     passed = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: passed.extend(args[:2])
-
-    monkeypatch.setattr(room, "_rope_kernel", Kernel())
+    monkeypatch.setattr(Bound, "__call__", lambda self, grid, *args: passed.extend(args[:2]))
     projection = torch.randn(2, 4, 3 + 2, 8, device=device)
     q, k = (t.transpose(1, 2) for t in projection.split((3, 2), 2))
     rope(q, k, *(t.float() for t in angles(4, 8, device)))

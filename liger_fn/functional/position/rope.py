@@ -11,7 +11,7 @@ and k: 4 forward, 4 backward, and cos and sin once, for the heads of a token are
 which find its angles in the cache. cos and sin are kept, q and k are not.
 """
 
-from collections.abc import Sequence
+import functools
 from typing import overload
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import MOST, Bound
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -208,6 +208,25 @@ def _rope_config(C: int, half: int) -> dict:
     return {"BLOCK_M": block_m, "BLOCK_PAIR": block_pair, "BLOCK_TAIL": block_tail, "num_warps": 4}
 
 
+@functools.lru_cache(MOST)
+def _rope_with(
+    C: int,
+    half: int,
+    each_twice: bool,
+    has_k: bool,
+    heads_first: bool,
+    interleaved: bool,
+    back: bool,
+    dtype: torch.dtype,
+) -> Bound:
+    return Bound(
+        _rope_kernel,
+        C=C, HALF=half, EACH_TWICE=each_twice, HAS_K=has_k,
+        HEADS_FIRST=heads_first, INTERLEAVED=interleaved, BACK=back,
+        COMPUTE=triton_dtype(accumulator(dtype)), **_rope_config(C, half),
+    )  # fmt: skip
+
+
 def _with_dims(dims: int, x: Tensor) -> Tensor:
     """View x with its first dimensions as one, `dims` in all, and unit stride along the last.
 
@@ -251,24 +270,25 @@ def _launch(
     heads_first: bool,
     back: bool,
 ) -> None:
-    def bht(each: Sequence[int]) -> tuple[int, int, int]:
-        return (each[0], each[1], each[2]) if heads_first else (each[0], each[2], each[1])
+    head, token = (1, 2) if heads_first else (2, 1)
+    shape, q_strides = q.shape, q.stride()
+    k_shape, k_strides = (shape, q_strides) if k is None else (k.shape, k.stride())
+    B, H, T, C = shape[0], shape[head], shape[token], shape[3]
+    K = 0 if k is None else k_shape[head]
+    cos_strides, sin_strides = cos.stride(), sin.stride()
 
-    B, H, T = bht(q.shape)
-    K = 0 if k is None else bht(k.shape)[1]
-    q_strides = bht(q.stride())
-    k_strides = q_strides if k is None else bht(k.stride())
-    C, half = q.shape[3], rotary_dim // 2
-    config = _rope_config(C, half)
-    q_tiles, k_tiles = cdiv(T * H, config["BLOCK_M"]), cdiv(T * K, config["BLOCK_M"])
-
-    launch(
-        _rope_kernel, (B * (q_tiles + k_tiles),),
+    twice = _each_twice(cos, rotary_dim, interleaved)
+    turn = _rope_with(
+        C, rotary_dim // 2, twice, k is not None, heads_first, interleaved, back, q.dtype
+    )
+    block_m = turn.constants["BLOCK_M"]
+    q_tiles, k_tiles = cdiv(T * H, block_m), cdiv(T * K, block_m)
+    turn(
+        (B * (q_tiles + k_tiles),),
         q, k, cos, sin, q_out, k_out,
-        *q_strides, *k_strides, *cos.stride()[:2], *sin.stride()[:2], H, K, T, q_tiles, k_tiles,
-        C=C, HALF=half, EACH_TWICE=_each_twice(cos, rotary_dim, interleaved), HAS_K=k is not None,
-        HEADS_FIRST=heads_first, INTERLEAVED=interleaved, BACK=back,
-        COMPUTE=triton_dtype(accumulator(q.dtype)), **config,
+        q_strides[0], q_strides[head], q_strides[token],
+        k_strides[0], k_strides[head], k_strides[token],
+        cos_strides[0], cos_strides[1], sin_strides[0], sin_strides[1], H, K, T, q_tiles, k_tiles,
     )  # fmt: skip
 
 
