@@ -155,6 +155,17 @@ def test_arguments_by_name_are_left_to_triton(known, x):
     assert kernel.counts == (2, 0)
 
 
+def test_what_was_not_compiled_is_not_remembered(known, x, monkeypatch):
+    """Triton's jit_cache_hook may forbid to compile: nothing is launched then."""
+    kernel = Kernel()
+    with pytest.MonkeyPatch.context() as forbidding:
+        forbidding.setattr(Kernel, "__getitem__", lambda self, grid: lambda *args: None)
+        launch(kernel, (1,), x, 8)
+    for _ in range(2):
+        launch(kernel, (1,), x, 8)
+    assert kernel.counts == (1, 1)
+
+
 def test_what_is_remembered_is_bounded(known, x, monkeypatch):
     monkeypatch.setattr(direct, "MOST", 4)
     monkeypatch.setattr(direct, "_bound", {})

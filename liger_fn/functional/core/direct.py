@@ -119,7 +119,8 @@ class Bound:
     def _remember(self, key: tuple, compiled: Any, n_args: int) -> None:
         """Keep what Triton launched, if all parameters that were not passed are compiled in."""
         rest = self.kernel.params[n_args:]
-        if not all(p.is_constexpr for p in rest):
+        # A hook of Triton's that forbids to compile makes it launch nothing.
+        if compiled is None or not all(p.is_constexpr for p in rest):
             return
         if len(self._compiled) >= MOST:
             self._compiled.clear()

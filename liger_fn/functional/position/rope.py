@@ -428,9 +428,9 @@ def _check_heads(q: Tensor, k: Tensor | None, layout: str) -> None:
 
 def _check_tables(q: Tensor, cos: Tensor, sin: Tensor, R: int, layout: str) -> None:
     B, T, C = q.shape[0], q.shape[layout.index("t")], q.shape[-1]
-    even = isinstance(R, (int, torch.SymInt)) and R % 2 == 0
-    contract = f"be even, at least 2 and at most {C}, the head width"
-    check.number("rope", "rotary_dim", R, contract, even and 2 <= R <= C)
+    if not (isinstance(R, (int, torch.SymInt)) and R % 2 == 0 and 2 <= R <= C):
+        contract = f"be even, at least 2 and at most {C}, the head width"
+        check.number("rope", "rotary_dim", R, contract, False)
 
     check.floating("rope", "cos", cos)
     check.device("rope", "cos", cos, q, "q")
