@@ -494,6 +494,32 @@ _ahead = custom_vjp(
     rows="x y slope",
 )
 
+
+def _total_reference(x, b):
+    return (x + b).sin(), x + b
+
+
+def _total_fwd(x: Tensor, b: Tensor) -> tuple:
+    y, s = _total_reference(x, b)
+    return y, s
+
+
+def _total_bwd(s, dy, ds):
+    return (sum(d for d in (None if dy is None else s.cos() * dy, ds) if d is not None).clone(),)
+
+
+_total = custom_vjp(
+    "test_total",  # a function of a sum, which is kept; nobody needs to use every result
+    reference=_total_reference,
+    fwd=_total_fwd,
+    bwd=_total_bwd,
+    results="y s",
+    grads="x",
+    total="s x b",
+    unused=True,
+    rows="x b y s",
+)
+
 FORMS = {
     "linear": (lambda x, w: _scale(x, w), lambda x, w: x * w.detach()),
     "two_results": (
@@ -505,6 +531,15 @@ FORMS = {
         lambda x, w: sum(_affine_reference(x, None, 3.0)) + w,
     ),
     "one_result_used": (lambda x, w: _affine(x, w, 3.0)[1] + w, lambda x, w: x.sin() + w),
+    "total": (
+        lambda x, w: sum(_total(x, w.expand_as(x))),
+        lambda x, w: sum(_total_reference(x, w)),
+    ),
+    "total_behind": (
+        lambda x, w: _total(w.expand_as(x), x.cos())[0],
+        lambda x, w: (w + x.cos()).sin(),
+    ),
+    "sum_of_total_used": (lambda x, w: _total(x, w.expand_as(x))[1], lambda x, w: x + w),
     "gradient_ahead": (lambda x, w: _ahead(x) + w, lambda x, w: x.square() + w),
 }
 
@@ -545,6 +580,18 @@ def test_gradients_ahead_only_when_wanted(wanted, make):
     x = make()[0].requires_grad_(wanted)
     _ahead(x)
     assert _slopes == [wanted]
+
+
+def test_summands_get_one_gradient_that_leaves_do_not_share(make):
+    x, b = make()[0], make()[0]
+    wanted = [t.requires_grad_() for t in (x, b)]
+    dx, db = torch.autograd.grad(_total(x, b)[0].sum(), wanted)
+    assert dx.data_ptr() == db.data_ptr()
+    _total(x, b)[0].sum().backward()
+    assert x.grad.data_ptr() != b.grad.data_ptr()
+    close((x.grad, b.grad), (dx, dx))
+    (db,) = torch.autograd.grad(_total(x.detach(), b)[0].sum(), b)
+    close(db, dx)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -601,6 +648,10 @@ MISNAMED = {
         "bwd names `need_dw`, which is no input, result, residual, cotangent or need",
     ),
     "linear in nothing": ({"linear": "v"}, "`v` is differentiated but no tensor input"),
+    "total of an input": (
+        {"total": "x y w"},
+        "total must name a result, a differentiable input and another input",
+    ),
     "no cotangent": ({"bwd": lambda x, w, k: ()}, "bwd must name the cotangent `dy`"),
     "input not kept": (
         {"bwd": lambda x, dy, k: ()},

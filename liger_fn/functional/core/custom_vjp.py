@@ -67,6 +67,8 @@ def custom_vjp(
     grads: str,
     residuals: str = "",
     linear: str = "",
+    total: str = "",
+    unused: bool = False,
     rows: str = "",
     sums: str = "",
     core_dims: int = 1,
@@ -86,6 +88,11 @@ def custom_vjp(
         grads: the inputs that bwd differentiates, in its order; the others are constants.
         linear: inputs that bwd does not need since the op is linear in them; the i-th has the shape
             and dtype of the i-th result.
+        total: "s a b", if the result s is the sum of the inputs a and b, of one shape and dtype, on
+            which the others depend through s alone. bwd then names s in their place, and returns
+            one gradient, of a: b gets the same tensor, as from PyTorch's own sum.
+        unused: whether bwd takes None for the cotangent of a result that nobody uses; else zeros
+            are made.
         rows: inputs, results and residuals whose dimensions, all but the last `core_dims` of the
             largest, are independent rows. vmap then costs one launch, and DTensor shards them.
         sums: residuals that are sums over rows, in which bwd is linear.
@@ -95,10 +102,10 @@ def custom_vjp(
         A function of the inputs, positional, that returns the result or the tuple of results.
     """
     names = read_names(
-        name, fwd, bwd, results, residuals, grads, linear,
+        name, fwd, bwd, results, residuals, grads, linear, total,
         rows=rows, sums=sums, autocast=autocast,
     )  # fmt: skip
-    op = _Op(names, reference, on_device(fwd), on_device(bwd))
+    op = _Op(names, reference, on_device(fwd), on_device(bwd), unused)
     op.define(frozenset(rows.split()), frozenset(sums.split()), core_dims)
     rules.autocast(op.fwd_op, name, names.fwd, set(autocast.split()), _LIBRARY)
     return _entry(op, casts=bool(autocast))
@@ -173,8 +180,11 @@ def _picker(index: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
 class _Op:
     """One op: its names, its launchers, their references, its two dispatcher ops."""
 
-    def __init__(self, names: Names, reference: Callable, fwd: Callable, bwd: Callable) -> None:
+    def __init__(
+        self, names: Names, reference: Callable, fwd: Callable, bwd: Callable, unused: bool
+    ) -> None:
         self.names, self.reference, self.fwd, self.bwd = names, reference, fwd, bwd
+        self.unused = unused
         self.fwd_needs = names.fwd[len(names.inputs) :]
         n_results = len(names.results)
         self.results = (lambda r: r[0]) if n_results == 1 else (lambda r: r[:n_results])
@@ -218,7 +228,7 @@ class _Op:
     def reference_results(self, *args) -> tuple:
         """The results by the reference, with gradients for none but the differentiable inputs."""
         names = self.names
-        differentiable = {*names.grads, *names.statics}
+        differentiable = {*names.gradient_of, *names.statics}
         inputs = {
             n: x if n in differentiable or x is None else x.detach()
             for n, x in zip(names.inputs, args, strict=False)
@@ -254,12 +264,17 @@ class _Op:
             n: None if c is None else torch.zeros_like(c)
             for n, c in zip(names.linear, cotangents, strict=False)
         }
+        if names.total:
+            total, first_summand, second_summand = names.total
+            anywhere[first_summand] = values[total]
+            anywhere[second_summand] = torch.zeros_like(values[total])
         inputs = {n: values[n] if n in values else anywhere[n] for n in names.inputs}
         wanted = [n for n, need in self.wanted(values) if need]
 
         def results_of(*wanted_values):
             given = inputs | dict(zip(wanted, wanted_values, strict=True))
-            return tuple(r for r in as_tuple(self.reference(**given)) if r is not None)
+            out = as_tuple(self.reference(**given))
+            return tuple(r for r, c in zip(out, cotangents, strict=True) if c is not None)
 
         pull = torch.func.vjp(results_of, *(inputs[n] for n in wanted))[1]
         return pull(tuple(c for c in cotangents if c is not None))
@@ -322,6 +337,14 @@ def _register_autograd(
     return apply
 
 
+def _either_summand(names: Names) -> Callable[[tuple, Sequence[bool]], tuple]:
+    """The needs of bwd where it gives one gradient for two summands: it is wanted for either."""
+    if not names.total:
+        return lambda needs, needed: needs
+    at, also = names.grads.index(names.total[1]), 1 + names.fwd.index(names.total[2])
+    return lambda needs, needed: (*needs[:at], needs[at] or needed[also], *needs[at + 1 :])
+
+
 def _vjp_function(op: _Op) -> type:
     """The first derivative: fwd, keep what bwd names, bwd."""
     names = op.names
@@ -334,12 +357,14 @@ def _vjp_function(op: _Op) -> type:
     # ctx.needs_input_grad counts the keyset first
     needs_at = [1 + names.fwd.index(n) for n in names.grads]
     bwd_at = [pool.index(n) for n in names.bwd]
-    nothing = len(names.grads)
+    nothing, gradient_of = len(names.grads), names.gradient_of
     grads_at = [nothing] + [
-        names.grads.index(n) if n in names.grads else nothing for n in names.fwd
+        names.grads.index(gradient_of[n]) if n in gradient_of else nothing for n in names.fwd
     ]
     pick_needs, arrange, spread = map(_picker, (needs_at, bwd_at, grads_at))
+    for_summands = _either_summand(names)
     takes_donations = "donated" in names.bwd
+    materialize = n_results > 1 and not op.unused
 
     class Vjp(torch.autograd.Function):
         @staticmethod
@@ -360,7 +385,7 @@ def _vjp_function(op: _Op) -> type:
             ctx.statics, ctx.direct = pick_statics(args), keyset is None
             # Hooks may keep what is saved, or give it back more than once.
             ctx.private = takes_donations and keyset is None and not _saved_tensors_hooks()
-            ctx.set_materialize_grads(n_results > 1)
+            ctx.set_materialize_grads(materialize)
             if keyset is None:
                 return op.results(out)
             ctx.mark_non_differentiable(*(t for t in out[n_results:] if t is not None))
@@ -372,11 +397,11 @@ def _vjp_function(op: _Op) -> type:
             if cotangents[0] is None and all(c is None for c in cotangents):
                 return (None,) * (len(names.fwd) + 1)
             if is_compiling():
-                needs = _pick(needs_at, ctx.needs_input_grad)
+                needs = for_summands(_pick(needs_at, ctx.needs_input_grad), ctx.needs_input_grad)
                 args = (*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, False)
                 args = _pick(bwd_at, args)
                 return _pick(grads_at, (*as_tuple(op.bwd_op(*args)), None))
-            needs = pick_needs(ctx.needs_input_grad)
+            needs = for_summands(pick_needs(ctx.needs_input_grad), ctx.needs_input_grad)
             direct = ctx.direct and not (_grad_enabled() or _watched(cotangents))
             donated = direct and ctx.private and not _keep_graph()
             args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, donated))
@@ -411,7 +436,9 @@ def _vjp_of_vjp_function(op: _Op) -> type:
         @staticmethod
         def backward(ctx, *cotangents):
             values = {**dict(zip(ctx.tensors, ctx.saved_tensors, strict=True)), **ctx.statics}
-            wrt = [n for n in names.grads + names.cotangents if values.get(n) is not None]
+            # Of a total bwd knows nothing but the sum, at whichever of its summands.
+            inputs = [names.total[0] if n in names.total else n for n in names.grads]
+            wrt = [n for n in (*inputs, *names.cotangents) if values.get(n) is not None]
 
             def bwd_of(*wrt_values):
                 return op._reference_vjp({**values, **dict(zip(wrt, wrt_values, strict=True))})

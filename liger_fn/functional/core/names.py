@@ -42,6 +42,7 @@ class Names:
     residuals: tuple[str, ...]
     grads: tuple[str, ...]
     linear: tuple[str, ...]
+    total: tuple[str, ...]
     types: dict[str, str] = field(repr=False)
 
     @property
@@ -55,6 +56,12 @@ class Names:
     @property
     def needs(self) -> tuple[str, ...]:
         return tuple("need_d" + n for n in self.grads)
+
+    @property
+    def gradient_of(self) -> dict[str, str]:
+        """Each differentiable input, and the one in `grads` whose gradient is its own too."""
+        summands = {self.total[2]: self.total[1]} if self.total else {}
+        return {n: n for n in self.grads} | summands
 
     @property
     def statics(self) -> tuple[str, ...]:
@@ -92,6 +99,7 @@ def read_names(
     residuals: str,
     grads: str,
     linear: str,
+    total: str,
     **declared: str,
 ) -> Names:
     """Read and check the names of `op`; every mistake is a TypeError at import.
@@ -110,6 +118,7 @@ def read_names(
         residuals=tuple(residuals.split()),
         grads=tuple(grads.split()),
         linear=tuple(linear.split()),
+        total=tuple(total.split()),
         types={n: _schema_type(op, n, t) for n, t in annotations.items()},
     )
     names.types.update(dict.fromkeys(names.results + names.residuals, "Tensor?"))
@@ -150,11 +159,19 @@ def _check(names: Names, declared: dict[str, str]) -> None:
         contract(
             n in names.inputs and names.is_tensor(n), f"`{n}` is differentiated but no tensor input"
         )
+    if names.total:
+        contract(
+            len(names.total) == 3
+            and names.total[0] in names.results
+            and names.total[1] in names.grads
+            and names.total[2] in names.inputs,
+            "total must name a result, a differentiable input and another input",
+        )
     for n in names.cotangents:
         contract(n in names.bwd, f"bwd must name the cotangent `{n}`")
     for n in names.inputs:
         contract(
-            n in names.bwd or n in names.linear,
+            n in names.bwd or n in names.linear or n in names.total[1:],
             f"a second derivative needs `{n}`: bwd must name it, or the op be `linear` in it",
         )
     contract(
