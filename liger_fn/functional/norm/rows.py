@@ -1,0 +1,576 @@
+"""The kernels of the norms over the last dimension: rows centred or not, of one input or of a sum.
+
+    s  = x + residual, or x              x̂ = (s − mean) · rstd, or s · rstd
+    y  = x̂ · (offset + weight) + bias
+
+    g  = dy · (offset + weight)
+    dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) + ds         dweight = Σ_rows dy · x̂
+                                                              dbias   = Σ_rows dy
+
+A pointer that is None leaves its term out: `residual` and `s` the sum, `mean` the centring, `ds`
+the cotangent of s, `dx`, `dweight` and `dbias` a gradient that nobody wants.
+
+A row is read once and stays in registers, as PIECES blocks of BLOCK_D columns: a power of two alone
+would leave up to half of the lanes empty. The backward pass is one persistent launch, each program
+walking a strip of rows with its share of dweight and dbias in registers while the next rows are on
+their way, and one small launch that adds the shares in a fixed order. Wider rows are read several
+times.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liger_fn.functional.core import check
+from liger_fn.functional.core.launch import (
+    accumulator,
+    as_rows,
+    cdiv,
+    dense_like,
+    has_work,
+    next_power_of_2,
+    sm_count,
+    tl,
+    triton,
+    triton_dtype,
+    unit_stride,
+)
+
+
+@triton.jit
+def _no_blocks():
+    """An empty tuple, to which blocks are added; to type checkers it says nothing of its length."""
+    return ()
+
+
+@triton.jit
+def _load_rows(
+    ptr, stride_n, row, in_n, D,
+    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Load whole rows as PIECES blocks; beyond D they are zero."""
+    blocks = _no_blocks()
+    for i in tl.static_range(PIECES):
+        col = i * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = in_n[:, None] & (col < D)[None, :]
+        block = tl.load(ptr + row[:, None] * stride_n + col[None, :], mask=inside, other=0.0)
+        blocks += (block.to(COMPUTE),)
+    return blocks
+
+
+@triton.jit
+def _load_features(ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+    """Load what all rows share, once for each row: each thread gets what it needs by itself."""
+    blocks = _no_blocks()
+    if ptr is not None:
+        each_row = tl.zeros((BLOCK_N, 1), tl.int32)
+        for i in tl.static_range(PIECES):
+            col = each_row + (i * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+            blocks += (tl.load(ptr + col, mask=col < D, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def _row_dots(a, b, PIECES: tl.constexpr):
+    """Give Σ a · b of each row."""
+    products = a[0] * b[0]
+    for i in tl.static_range(1, PIECES):
+        products += a[i] * b[i]
+    return tl.sum(products, axis=1)
+
+
+@triton.jit
+def _row_sums(a, PIECES: tl.constexpr):
+    total = a[0]
+    for i in tl.static_range(1, PIECES):
+        total += a[i]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _centred(x, mean, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+    """Subtract the mean; beyond D keep the zeros, which add nothing to the squares."""
+    blocks = _no_blocks()
+    for i in tl.static_range(PIECES):
+        in_d = (i * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :]
+        blocks += (tl.where(in_d, x[i] - mean[:, None], 0.0),)
+    return blocks
+
+
+@triton.jit
+def _affine(xhat, weight, bias, OFFSET: tl.constexpr, DTYPE: tl.constexpr, CAST: tl.constexpr):
+    """Scale and shift by what there is of weight and bias; CAST rounds to DTYPE before."""
+    if CAST:
+        xhat = xhat.to(DTYPE).to(xhat.dtype)
+    if weight is not None:
+        xhat *= weight.to(xhat.dtype) + OFFSET
+    if bias is not None:
+        xhat += bias.to(xhat.dtype)
+    return xhat
+
+
+@triton.jit(do_not_specialize=["N"])
+def _norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr,
+    x_stride_n, residual_stride_n, N, D,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = row < N
+    x = _load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+    if residual_ptr is not None:
+        residual = _load_rows(
+            residual_ptr, residual_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES
+        )
+    # Asked for before the reduction, they arrive meanwhile.
+    weight = _load_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+    bias = _load_features(bias_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+
+    if residual_ptr is not None:
+        s = _no_blocks()
+        for i in tl.static_range(PIECES):
+            col = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            inside = in_n[:, None] & (col < D)[None, :]
+            block = (x[i] + residual[i]).to(DTYPE)
+            tl.store(s_ptr + row[:, None] * D + col[None, :], block, mask=inside)
+            s += (block.to(COMPUTE),)
+        x = s
+    if mean_ptr is not None:
+        mean = _row_sums(x, PIECES) / D
+        x = _centred(x, mean, D, BLOCK_D, PIECES)
+        tl.store(mean_ptr + row, mean, mask=in_n)
+    rstd = 1.0 / tl.sqrt(_row_dots(x, x, PIECES) / D + EPS)
+    tl.store(rstd_ptr + row, rstd, mask=in_n)
+
+    for i in tl.static_range(PIECES):
+        col = i * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = in_n[:, None] & (col < D)[None, :]
+        y = _affine(
+            x[i] * rstd[:, None],
+            weight[i] if weight_ptr is not None else None,
+            bias[i] if bias_ptr is not None else None,
+            OFFSET, DTYPE, CAST,
+        )  # fmt: skip
+        tl.store(y_ptr + row[:, None] * D + col[None, :], y, mask=inside)
+
+
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, col, D, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Load a block of one row of x, or of x + residual rounded as s is."""
+    x = tl.load(x_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
+        x = (x + residual).to(DTYPE).to(COMPUTE)
+    return x
+
+
+@triton.jit
+def _norm_fwd_wide_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr,
+    x_stride_n, residual_stride_n, D,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride_n
+    if residual_ptr is not None:
+        residual_ptr += row * residual_stride_n
+
+    mean = tl.zeros((1,), COMPUTE)
+    if mean_ptr is not None:
+        sums = tl.zeros((BLOCK_D,), COMPUTE)
+        for start in range(0, D, BLOCK_D):
+            col = start + tl.arange(0, BLOCK_D)
+            sums += _load_sum(x_ptr, residual_ptr, col, D, DTYPE, COMPUTE)
+        mean += tl.sum(sums, axis=0) / D
+        tl.store(mean_ptr + row + tl.arange(0, 1), mean)
+
+    squares = tl.zeros((BLOCK_D,), COMPUTE)
+    for start in range(0, D, BLOCK_D):
+        col = start + tl.arange(0, BLOCK_D)
+        x = _load_sum(x_ptr, residual_ptr, col, D, DTYPE, COMPUTE)
+        centred = tl.where(col < D, x - mean, 0.0)
+        squares += centred * centred
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + EPS)
+    tl.store(rstd_ptr + row, rstd)
+
+    for start in range(0, D, BLOCK_D):
+        col = start + tl.arange(0, BLOCK_D)
+        in_d = col < D
+        x = _load_sum(x_ptr, residual_ptr, col, D, DTYPE, COMPUTE)
+        if residual_ptr is not None:
+            tl.store(s_ptr + row * D + col, x, mask=in_d)
+        weight, bias = None, None
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + col, mask=in_d, other=0.0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + col, mask=in_d, other=0.0)
+        y = _affine((x - mean) * rstd, weight, bias, OFFSET, DTYPE, CAST)
+        tl.store(y_ptr + row * D + col, y, mask=in_d)
+
+
+def _blocks(D: int) -> tuple[int, int]:
+    """Cover D with equal blocks, powers of two: how wide, and how many.
+
+    The widest of which at most a quarter too much is needed, so that few lanes of a tile are empty.
+    """
+    block_d = next_power_of_2(D)
+    while block_d > 128 and 4 * block_d * cdiv(D, block_d) > 5 * D:
+        block_d //= 2
+    return block_d, cdiv(D, block_d)
+
+
+def _widest_fwd(itemsize: int, centred: bool) -> int:
+    """The widest row that stays in registers: 32 numbers a thread of a full program, half if the
+    mean is subtracted, for then a second row is live.
+    """
+    return (32768 if centred else 65536) // itemsize
+
+
+def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
+    """About 8 KiB a program: each thread of four warps has four 16-byte loads in flight.
+
+    It depends on nothing but the width, so that another number of rows compiles nothing.
+    """
+    widest = _widest_fwd(itemsize, centred)
+    if widest < D:
+        return {"BLOCK_D": 8192, "num_warps": 16}
+    block_d, pieces = _blocks(D)
+    width = block_d * pieces
+    block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
+    num_warps = min(32, max(4, next_power_of_2(block_n * width // 1024)))
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
+
+
+def norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    cast: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Give y, s if there is a residual, the mean if rows are centred, and rstd."""
+    y = dense_like(x)
+    s = None if residual is None else dense_like(x)
+    rstd = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+    mean = torch.empty_like(rstd) if centred else None
+
+    if has_work(y):
+        x, residual = as_rows(x), None if residual is None else as_rows(residual)
+        weight, bias = unit_stride(weight), unit_stride(bias)
+        N, D = x.shape
+        residual_stride_n = 0 if residual is None else residual.stride(0)
+        config = _fwd_config(D, x.element_size(), centred)
+        options = {"EPS": eps, "OFFSET": offset, "CAST": cast, "COMPUTE": triton_dtype(rstd.dtype)}
+        if "PIECES" in config:
+            _norm_fwd_kernel[(cdiv(N, config["BLOCK_N"]),)](
+                x, residual, weight, bias, y, s, mean, rstd,
+                x.stride(0), residual_stride_n, N, D, **options, **config,
+            )  # fmt: skip
+        else:
+            _norm_fwd_wide_kernel[(N,)](
+                x, residual, weight, bias, y, s, mean, rstd,
+                x.stride(0), residual_stride_n, D, **options, **config,
+            )  # fmt: skip
+    return y, s, mean, rstd
+
+
+@triton.jit(do_not_specialize=["N", "strip"])
+def _norm_bwd_kernel(
+    x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_ptr, ds_ptr, dx_ptr, dweight_part_ptr, dbias_part_ptr,
+    x_stride_n, dy_stride_n, ds_stride_n, N, D, strip,
+    OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+    STAGES: tl.constexpr, HOLD_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if HOLD_WEIGHT:
+        weight = _load_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+    # What no pointer asks for, the compiler leaves out.
+    dweight, dbias = _no_blocks(), _no_blocks()
+    for _ in tl.static_range(PIECES):
+        dweight += (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE),)
+        dbias += (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE),)
+
+    for step in tl.range(0, strip, BLOCK_N, num_stages=STAGES):
+        at = step + tl.arange(0, BLOCK_N)
+        row = program * strip + at
+        in_n = (row < N) & (at < strip)
+        x = _load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+        dy = _load_rows(dy_ptr, dy_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+        rstd = tl.load(rstd_ptr + row, mask=in_n, other=0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + row, mask=in_n, other=0.0)
+        if not HOLD_WEIGHT:
+            weight = _load_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+
+        xhat, g = _no_blocks(), _no_blocks()
+        dweight_next, dbias_next = _no_blocks(), _no_blocks()
+        for i in tl.static_range(PIECES):
+            h = x[i]
+            if mean_ptr is not None:
+                h -= mean[:, None]
+            xhat += (h * rstd[:, None],)
+            dweight_next += (dweight[i] + dy[i] * xhat[i],)
+            dbias_next += (dbias[i] + dy[i],)
+            if weight_ptr is not None:
+                g += (dy[i] * (weight[i].to(COMPUTE) + OFFSET),)
+            else:
+                g += (dy[i],)
+        dweight, dbias = dweight_next, dbias_next
+
+        if dx_ptr is not None:
+            along = (_row_dots(g, xhat, PIECES) / D)[:, None]
+            if mean_ptr is not None:
+                level = (_row_sums(g, PIECES) / D)[:, None]
+            for i in tl.static_range(PIECES):
+                col = i * BLOCK_D + tl.arange(0, BLOCK_D)
+                inside = in_n[:, None] & (col < D)[None, :]
+                dx = g[i] - xhat[i] * along
+                if mean_ptr is not None:
+                    dx -= level
+                dx *= rstd[:, None]
+                if ds_ptr is not None:
+                    ds_row = ds_ptr + row[:, None] * ds_stride_n
+                    dx += tl.load(ds_row + col[None, :], mask=inside, other=0.0).to(COMPUTE)
+                tl.store(dx_ptr + row[:, None] * D + col[None, :], dx, mask=inside)
+
+    for i in tl.static_range(PIECES):
+        col = i * BLOCK_D + tl.arange(0, BLOCK_D)
+        part = program * D + col
+        if dweight_part_ptr is not None:
+            tl.store(dweight_part_ptr + part, tl.sum(dweight[i], axis=0), mask=col < D)
+        if dbias_part_ptr is not None:
+            tl.store(dbias_part_ptr + part, tl.sum(dbias[i], axis=0), mask=col < D)
+
+
+@triton.jit
+def _load_xhat_g(
+    x_ptr, weight_ptr, dy_ptr, mean, rstd, col, D, OFFSET: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """Load a block of one row of x̂ and of g."""
+    in_d = col < D
+    x = tl.load(x_ptr + col, mask=in_d, other=0.0).to(COMPUTE)
+    g = tl.load(dy_ptr + col, mask=in_d, other=0.0).to(COMPUTE)
+    if weight_ptr is not None:
+        g *= tl.load(weight_ptr + col, mask=in_d, other=0.0).to(COMPUTE) + OFFSET
+    return (x - mean) * rstd, g
+
+
+@triton.jit
+def _norm_bwd_wide_dx_kernel(
+    x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_ptr, ds_ptr, dx_ptr,
+    x_stride_n, dy_stride_n, ds_stride_n, D,
+    OFFSET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride_n
+    dy_ptr += row * dy_stride_n
+    rstd = tl.load(rstd_ptr + row)
+    mean = tl.zeros((1,), COMPUTE)
+    if mean_ptr is not None:
+        mean += tl.load(mean_ptr + row)
+
+    dots, sums = tl.zeros((BLOCK_D,), COMPUTE), tl.zeros((BLOCK_D,), COMPUTE)
+    for start in range(0, D, BLOCK_D):
+        col = start + tl.arange(0, BLOCK_D)
+        xhat, g = _load_xhat_g(x_ptr, weight_ptr, dy_ptr, mean, rstd, col, D, OFFSET, COMPUTE)
+        dots += g * xhat
+        sums += g
+    along, level = tl.sum(dots, axis=0) / D, tl.sum(sums, axis=0) / D
+
+    for start in range(0, D, BLOCK_D):
+        col = start + tl.arange(0, BLOCK_D)
+        xhat, g = _load_xhat_g(x_ptr, weight_ptr, dy_ptr, mean, rstd, col, D, OFFSET, COMPUTE)
+        dx = g - xhat * along
+        if mean_ptr is not None:
+            dx -= level
+        dx *= rstd
+        if ds_ptr is not None:
+            dx += tl.load(ds_ptr + row * ds_stride_n + col, mask=col < D, other=0.0).to(COMPUTE)
+        tl.store(dx_ptr + row * D + col, dx, mask=col < D)
+
+
+@triton.jit(do_not_specialize=["N", "strip"])
+def _norm_bwd_wide_dweight_kernel(
+    x_ptr, mean_ptr, rstd_ptr, dy_ptr, dweight_part_ptr, dbias_part_ptr,
+    x_stride_n, dy_stride_n, N, D, strip,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(1).to(tl.int64)
+    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = col < D
+    dweight, dbias = (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE), tl.zeros((BLOCK_N, BLOCK_D), COMPUTE))
+
+    for step in tl.range(0, strip, BLOCK_N, num_stages=STAGES):
+        at = step + tl.arange(0, BLOCK_N)
+        row = program * strip + at
+        in_n = (row < N) & (at < strip)
+        inside = in_n[:, None] & in_d[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride_n + col[None, :], mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col[None, :], mask=inside, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=in_n, other=0.0)[:, None]
+
+        x, dy = x.to(COMPUTE), dy.to(COMPUTE)
+        if mean_ptr is not None:
+            x -= tl.load(mean_ptr + row, mask=in_n, other=0.0)[:, None]
+        dweight += dy * x * rstd
+        dbias += dy
+
+    if dweight_part_ptr is not None:
+        tl.store(dweight_part_ptr + program * D + col, tl.sum(dweight, axis=0), mask=in_d)
+    if dbias_part_ptr is not None:
+        tl.store(dbias_part_ptr + program * D + col, tl.sum(dbias, axis=0), mask=in_d)
+
+
+@triton.jit
+def _add_parts(part_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_P, BLOCK_D), part_ptr.dtype.element_ty)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < P)[:, None] & (col < D)[None, :]
+        part = part_ptr + p[:, None].to(tl.int64) * D + col[None, :]
+        total += tl.load(part, mask=inside, other=0.0)
+
+    out = tl.sum(total, axis=0)
+    if out_ptr.dtype.element_ty != tl.float64:
+        # By way of float32: Triton's interpreter cannot round float64 to bfloat16.
+        out = out.to(tl.float32)
+    tl.store(out_ptr + col, out, mask=col < D)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _add_parts_kernel(
+    part_ptr, out_ptr, more_part_ptr, more_out_ptr, P, D,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(1) == 0:
+        _add_parts(part_ptr, out_ptr, P, D, BLOCK_P, BLOCK_D)
+    elif more_part_ptr is not None:
+        _add_parts(more_part_ptr, more_out_ptr, P, D, BLOCK_P, BLOCK_D)
+
+
+def _add_parts_config(D: int) -> dict:
+    """Few columns a program, so that there are many of them: each has all its loads in flight."""
+    block_d = 16 if D <= 2048 else 32
+    return {"BLOCK_D": block_d, "BLOCK_P": 4096 // block_d, "num_warps": 8}
+
+
+def _sums_of_parts(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Add each of `parts` (P, D) in a fixed order and round it once, to the dtype of its like."""
+    sums = [None if p is None else dense_like(t) for p, t in zip(parts, like, strict=True)]
+    given = [pair for pair in zip(parts, sums, strict=True) if pair[0] is not None]
+    if given:
+        (part, out), (more_part, more_out) = given[0], given[1] if given[1:] else (None, None)
+        P, D = part.shape
+        config = _add_parts_config(D)
+        _add_parts_kernel[(cdiv(D, config["BLOCK_D"]), len(given))](
+            part, out, more_part, more_out, P, D, **config
+        )
+    return sums
+
+
+def _widest_bwd(itemsize: int, centred: bool) -> int:
+    """The widest row of which x̂, g, and the shares of dweight and dbias all fit into registers."""
+    return (16384 if centred else 32768) // itemsize
+
+
+def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
+    """Sixteen numbers a thread: x̂, g and the share of dweight are live at once, four bytes each.
+
+    `per_sm` programs fit on a multiprocessor together; while one adds up a row, the next rows of
+    all of them are on their way.
+    """
+    widest = _widest_bwd(itemsize, centred)
+    if widest < D:
+        return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
+    block_d, pieces = _blocks(D)
+    width = block_d * pieces
+    block_n = min(32, 1 << max(0, (2048 // width).bit_length() - 1))
+    num_warps = min(32, max(4, next_power_of_2(block_n * width // 512)))
+    narrow = width <= 8192
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "PIECES": pieces,
+        "STAGES": 2 if narrow else 1,
+        "HOLD_WEIGHT": narrow,
+        "num_warps": num_warps,
+        "per_sm": max(1, 16 // num_warps),
+    }
+
+
+def _strips(N: int, block_n: int, programs: int) -> tuple[int, int]:
+    """Divide N rows among at most so many programs: how many there are, and how long a strip is."""
+    strip = block_n * cdiv(N, block_n * programs)
+    return cdiv(N, strip), strip
+
+
+def norm_bwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    ds: Tensor | None,
+    offset: float,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Give dx, dweight and dbias, each if it is needed; x is what was normalised."""
+    dx = dense_like(x) if need_dx else None
+    like = [weight if need_dweight else None, bias if need_dbias else None]
+    if not has_work(x):
+        dweight, dbias = (None if t is None else dense_like(t).zero_() for t in like)
+        return dx, dweight, dbias
+
+    x, dy, ds = as_rows(x), as_rows(dy), None if ds is None else as_rows(ds)
+    weight, mean, rstd = unit_stride(weight), unit_stride(mean), unit_stride(rstd)
+    N, D = x.shape
+    config = _bwd_config(D, x.element_size(), mean is not None)
+    per_sm = config.pop("per_sm")
+    programs, strip = _strips(N, config.get("BLOCK_N", 8), per_sm * sm_count(x.device))
+    parts = [None if t is None else x.new_empty((programs, D), dtype=rstd.dtype) for t in like]
+    strides = x.stride(0), dy.stride(0), 0 if ds is None else ds.stride(0)
+    options = {"OFFSET": offset, "COMPUTE": triton_dtype(rstd.dtype), **config}
+
+    if "PIECES" in config:
+        _norm_bwd_kernel[(programs,)](
+            x, weight, mean, rstd, dy, ds, dx, *parts, *strides, N, D, strip, **options
+        )
+    else:
+        if need_dx:
+            _norm_bwd_wide_dx_kernel[(N,)](
+                x, weight, mean, rstd, dy, ds, dx, *strides, D, **options
+            )
+        if need_dweight or need_dbias:
+            _norm_bwd_wide_dweight_kernel[(cdiv(D, 256), programs)](
+                x, mean, rstd, dy, *parts, *strides[:2], N, D, strip,
+                COMPUTE=options["COMPUTE"], BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
+            )  # fmt: skip
+    dweight, dbias = _sums_of_parts(parts, like)
+    return dx, dweight, dbias
+
+
+def check_norm(op: str, x: Tensor, eps: float, **features: Tensor | None) -> None:
+    """Check the arguments that all norms share; `features` are None or have one value a column."""
+    check.floating(op, "x", x)
+    check.at_least_1d(op, "x", x)
+    for name, t in features.items():
+        if t is not None:
+            check.floating(op, name, t)
+            check.shape(op, name, t, x.shape[-1:], "the last size of `x`")
+            check.device(op, name, t, x, "x")
+    check.number(op, "eps", eps, "be a number", True)
