@@ -9,6 +9,7 @@ from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
 from liger_fn.functional.loss.cross_entropy import cross_entropy
+from liger_fn.functional.norm.layer_norm import layer_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 
@@ -16,6 +17,7 @@ __all__ = [
     "cross_entropy",
     "fused_linear_cross_entropy",
     "geglu",
+    "layer_norm",
     "rms_norm",
     "rope",
     "swiglu",

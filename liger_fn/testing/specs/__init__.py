@@ -2,7 +2,15 @@
 
 import importlib
 
-OPS = ("cross_entropy", "fused_linear_cross_entropy", "geglu", "rms_norm", "rope", "swiglu")
+OPS = (
+    "cross_entropy",
+    "fused_linear_cross_entropy",
+    "geglu",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "swiglu",
+)
 
 
 def specs():
