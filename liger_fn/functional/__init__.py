@@ -9,12 +9,14 @@ from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
 from liger_fn.functional.loss.cross_entropy import cross_entropy
+from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 
 __all__ = [
     "cross_entropy",
+    "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "geglu",
     "layer_norm",

@@ -4,6 +4,7 @@ import importlib
 
 OPS = (
     "cross_entropy",
+    "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "geglu",
     "layer_norm",
