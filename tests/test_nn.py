@@ -60,6 +60,12 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor) -> No
         (lnn.RMSNorm(24, elementwise_affine=False), nn.RMSNorm(24, 1e-6, elementwise_affine=False)),
         (lnn.RMSNorm(24, cast_before_weight=True), LlamaRMSNorm(24)),
         (lnn.RMSNorm(24, offset=1.0), GemmaRMSNorm(24)),
+        (lnn.LayerNorm(24), nn.LayerNorm(24)),
+        (lnn.LayerNorm((24,), eps=0.1, bias=False), nn.LayerNorm(24, 0.1, bias=False)),
+        (
+            lnn.LayerNorm(24, elementwise_affine=False),
+            nn.LayerNorm(24, elementwise_affine=False),
+        ),
         (lnn.SwiGLUMLP(24, 40), LlamaMLP(LlamaConfig(**SMALL))),
         (lnn.SwiGLUMLP(24, 40, bias=True), LlamaMLP(LlamaConfig(**SMALL, mlp_bias=True))),
         (lnn.GeGLUMLP(24, 40), GemmaMLP(GemmaConfig(**SMALL, hidden_act="gelu_pytorch_tanh"))),
@@ -89,9 +95,26 @@ def test_without_eps_a_norm_takes_torchs(dtype):
     )
 
 
-def test_a_norm_refuses_several_dimensions():
-    with pytest.raises(NotImplementedError, match=r"must have one dimension; got \(2, 3\)"):
-        lnn.RMSNorm((2, 3))
+def test_a_layer_norm_starts_as_the_bare_norm():
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(lnn.LayerNorm(24)(x), F.layer_norm(x, (24,)))
+
+
+@pytest.mark.parametrize("options", [{"eps": None}, {"offset": 1.0}, {"cast_before_weight": True}])
+def test_the_fused_addition_is_the_sum_and_the_norm_of_it(options):
+    norm, fused = lnn.RMSNorm(24, **options), lnn.FusedAddRMSNorm(24, **options)
+    fused.load_state_dict(redraw(norm).state_dict())
+    x, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    y, s = fused(x, residual)
+    assert torch.equal(s, x + residual)
+    assert_close(y, norm(s))
+
+
+@pytest.mark.parametrize("norm", [lnn.RMSNorm, lnn.FusedAddRMSNorm, lnn.LayerNorm])
+def test_a_norm_refuses_several_dimensions(norm):
+    sentence = rf"^{norm.__name__}: .* must have one dimension; got \(2, 3\)"
+    with pytest.raises(NotImplementedError, match=sentence):
+        norm((2, 3))
 
 
 @pytest.mark.parametrize("layout", ["bhtc", "bthc"])
@@ -160,5 +183,7 @@ def test_fused_linear_cross_entropy_loss_is_linear_then_cross_entropy(options, b
 def test_options_show_in_the_repr():
     assert "softcap=30.0" in repr(lnn.CrossEntropyLoss(softcap=30.0))
     assert "cast_before_weight=True" in repr(lnn.RMSNorm(8, cast_before_weight=True))
+    assert "offset=1.0" in repr(lnn.FusedAddRMSNorm(8, offset=1.0))
+    assert "bias=False" in repr(lnn.LayerNorm(8, bias=False))
     assert "approximate='none'" in repr(lnn.GeGLUMLP(8, 8, approximate="none"))
     assert "base=500.0" in repr(lnn.RotaryEmbedding(8, base=500.0))

@@ -6,13 +6,15 @@ purpose, so a checkpoint of the one loads into the other.
 
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
-from liger_fn.nn.norm import RMSNorm
+from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
 from liger_fn.nn.position import RotaryEmbedding
 
 __all__ = [
     "CrossEntropyLoss",
+    "FusedAddRMSNorm",
     "FusedLinearCrossEntropyLoss",
     "GeGLUMLP",
+    "LayerNorm",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLUMLP",
