@@ -21,6 +21,19 @@ def rms_norm(
     return weight * h.to(x.dtype)
 
 
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, **options
+) -> tuple[Tensor, Tensor]:
+    """The addition at the end of a block, and the norm at the start of the next."""
+    s = residual + x
+    return rms_norm(s, weight, **options), s
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """`nn.LayerNorm`, which models use as it is."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     gate, up = halves(gate, up)
     return F.silu(gate) * up

@@ -89,6 +89,19 @@ class Torch(Provider):
     def rms_norm(self):
         return lambda x, weight=None, *, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps)
 
+    def fused_add_rms_norm(self):
+        def call(x, residual, weight=None, *, eps=1e-6):
+            s = x + residual
+            return F.rms_norm(s, s.shape[-1:], weight, eps), s
+
+        return call
+
+    def layer_norm(self):
+        def call(x, weight=None, bias=None, *, eps=1e-5):
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+        return call
+
     def cross_entropy(self):
         def call(logits, target, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
             return F.cross_entropy(
@@ -141,6 +154,20 @@ class Liger(Provider):
             return liger_rms_norm(x, weight, eps, offset, "gemma" if offset else "llama")
 
         return call
+
+    def fused_add_rms_norm(self):
+        from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+        def call(x, residual, weight, *, eps=1e-6, offset=0.0, cast_before_weight=False):
+            mode = "gemma" if offset else "llama"
+            return liger_fused_add_rms_norm(x, residual, weight, eps, offset, mode)
+
+        return call
+
+    def layer_norm(self):
+        from liger_kernel.transformers.functional import liger_layer_norm
+
+        return lambda x, weight, bias, *, eps=1e-5: liger_layer_norm(x, weight, bias, eps)
 
     def swiglu(self):
         from liger_kernel.transformers.functional import liger_swiglu
@@ -204,6 +231,25 @@ class LigerCute(Provider):
         def call(x, weight, *, eps=1e-6, offset=0.0, cast_before_weight=False):
             mode = "gemma" if offset else "llama"
             return rms_norm(x, weight, eps, offset=offset, casting_mode=mode, impl=self.kernels)
+
+        return call
+
+    def fused_add_rms_norm(self):
+        from liger_kernel.functional import fused_add_rms_norm
+
+        def call(x, residual, weight, *, eps=1e-6, offset=0.0, cast_before_weight=False):
+            mode = "gemma" if offset else "llama"
+            return fused_add_rms_norm(
+                x, residual, weight, eps, offset=offset, casting_mode=mode, impl=self.kernels
+            )
+
+        return call
+
+    def layer_norm(self):
+        from liger_kernel.functional import layer_norm
+
+        def call(x, weight, bias=None, *, eps=1e-5):
+            return layer_norm(x, weight, bias, eps, impl=self.kernels)
 
         return call
 
@@ -323,6 +369,22 @@ class Quack(Provider):
 
         def call(x, weight=None, *, eps=1e-6, offset=0.0):
             return rmsnorm(x, weight, eps=eps, weight_offset=offset)
+
+        return call
+
+    def fused_add_rms_norm(self):
+        from quack import rmsnorm
+
+        def call(x, residual, weight=None, *, eps=1e-6, offset=0.0):
+            return rmsnorm(
+                x,
+                weight,
+                residual=residual,
+                residual_dtype=x.dtype,
+                eps=eps,
+                prenorm=True,
+                weight_offset=offset,
+            )
 
         return call
 

@@ -4,6 +4,16 @@ from liger_fn.testing.spec import Benchmark, OpSpec
 
 _TINY = {
     "rms_norm": lambda d: {"x": d.normal(16, 1024), "weight": d.normal(1024)},
+    "fused_add_rms_norm": lambda d: {
+        "x": d.normal(16, 1024),
+        "residual": d.normal(16, 1024),
+        "weight": d.normal(1024),
+    },
+    "layer_norm": lambda d: {
+        "x": d.normal(16, 1024),
+        "weight": d.normal(1024),
+        "bias": d.normal(1024),
+    },
     "swiglu": lambda d: {"gate": d.normal(16, 1024), "up": d.normal(16, 1024)},
     "geglu": lambda d: {"gate": d.normal(16, 1024), "up": d.normal(16, 1024)},
     "rope": lambda d: {
