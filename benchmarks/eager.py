@@ -44,6 +44,14 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
     return F.gelu(gate, approximate=approximate) * up
 
 
+def softmax(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """As `eager_attention_forward` takes it of its scores, in float32."""
+    z = x if scale == 1.0 else x * scale
+    if mask is not None:
+        z = z.masked_fill(~mask, torch.finfo(z.dtype).min)
+    return F.softmax(z, dim=-1, dtype=torch.float32).to(x.dtype)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Llama's `apply_rotary_pos_emb`."""
     cos, sin = (t[..., None, :, :] for t in (cos, sin))

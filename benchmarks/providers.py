@@ -101,6 +101,8 @@ class Torch(Provider):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
         return call
+    def softmax(self):
+        return lambda x: torch.softmax(x, -1)
 
     def cross_entropy(self):
         def call(logits, target, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
@@ -178,6 +180,11 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_geglu
 
         return _tanh_only(lambda gate, up=None: liger_geglu(*eager.halves(gate, up)))
+
+    def softmax(self):
+        from liger_kernel.transformers.functional import liger_softmax
+
+        return lambda x: liger_softmax(x)
 
     def rope(self):
         from liger_kernel.transformers.functional import liger_rope
@@ -262,6 +269,11 @@ class LigerCute(Provider):
         from liger_kernel.functional import geglu
 
         return _tanh_only(lambda gate, up=None: geglu(*eager.halves(gate, up), impl=self.kernels))
+
+    def softmax(self):
+        from liger_kernel.functional import softmax
+
+        return lambda x: softmax(x, impl=self.kernels)
 
     def rope(self):
         from liger_kernel.functional import rope
@@ -387,6 +399,10 @@ class Quack(Provider):
             )
 
         return call
+    def softmax(self):
+        from quack import softmax
+
+        return lambda x: softmax(x)
 
     def rope(self):
         from quack.rotary import apply_rotary_emb

@@ -16,6 +16,7 @@ _TINY = {
     },
     "swiglu": lambda d: {"gate": d.normal(16, 1024), "up": d.normal(16, 1024)},
     "geglu": lambda d: {"gate": d.normal(16, 1024), "up": d.normal(16, 1024)},
+    "softmax": lambda d: {"x": d.normal(16, 1024)},
     "rope": lambda d: {
         "q": d.normal(1, 16, 8, 64).transpose(1, 2),
         "k": d.normal(1, 16, 2, 64).transpose(1, 2),

@@ -5,6 +5,7 @@ beside V), K key-value heads, C head width (or rows per chunk beside V), R rotat
 """
 
 from liger_fn.functional.activation.geglu import geglu
+from liger_fn.functional.activation.softmax import softmax
 from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "layer_norm",
     "rms_norm",
     "rope",
+    "softmax",
     "swiglu",
     "using",
 ]

@@ -4,6 +4,7 @@ Parameters, names and state_dict keys are those of torch's or Hugging Face's cla
 purpose, so a checkpoint of the one loads into the other.
 """
 
+from liger_fn.nn.activation import Softmax
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
@@ -17,5 +18,6 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "RotaryEmbedding",
+    "Softmax",
     "SwiGLUMLP",
 ]

@@ -10,6 +10,11 @@ OPS = (
     "layer_norm",
     "rms_norm",
     "rope",
+    "fused_linear_cross_entropy",
+    "geglu",
+    "rms_norm",
+    "rope",
+    "softmax",
     "swiglu",
 )
 

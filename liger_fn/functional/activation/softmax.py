@@ -1,0 +1,350 @@
+"""Softmax over the last dimension, of scaled and masked inputs.
+
+    z = scale · x, −∞ where the mask is False          e = exp(z − top)          top = max z
+    y = e / total                                      total = Σ e
+
+    dx = scale · y · (dy − Σ dy · y)
+
+Memory traffic in bytes per element of a 2-byte x: 4 forward (read x, write y), 6 backward (read x
+and dy, write dx), and the mask, which neighbouring rows often share and find in the cache. `top`
+and `total`, 8 bytes a row, are kept, and y is computed again from them: it is then as exact as in
+the forward pass, where a rounded y, or one sum top + log(total), would lose digits.
+
+A row that fits into a program's registers is read once. A wider one is read twice, the second time
+backwards: what was read last is still in the first- and second-level cache.
+"""
+
+import torch
+from torch import Tensor
+
+from liger_fn.functional.core import check
+from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.launch import (
+    accumulator,
+    as_rows,
+    cdiv,
+    dense_like,
+    has_work,
+    next_power_of_2,
+    tl,
+    triton,
+    triton_dtype,
+    unit_stride,
+)
+
+
+def reference(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    z = x.to(accumulator(x.dtype)) * scale
+    if mask is None:
+        return torch.softmax(z, -1).to(x.dtype)
+    z = z.masked_fill(~mask, -torch.inf)
+    nothing_left = (z == -torch.inf).all(-1, keepdim=True)
+    y = torch.softmax(z.masked_fill(nothing_left, 0.0), -1)
+    return y.masked_fill(nothing_left, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _mask_offset(row, H, T, stride_b, stride_h, stride_t):
+    """Give where a row (b, h, t) of the mask begins."""
+    return row // (H * T) * stride_b + row // T % H * stride_h + row % T * stride_t
+
+
+@triton.jit
+def _load_logits(
+    x_ptr, mask_ptr, col, mask_stride_d, inside,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Load z; outside it is −∞, which adds nothing to a sum of exponentials."""
+    z = tl.load(x_ptr + col, mask=inside, other=0.0).to(COMPUTE) * SCALE
+    if HAS_MASK:
+        allowed = tl.load(mask_ptr + col.to(tl.int64) * mask_stride_d, mask=inside, other=0)
+        inside &= allowed != 0
+    return tl.where(inside, z, float("-inf"))
+
+
+@triton.jit
+def _softmax_fwd_kernel(
+    x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
+    x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, N, H, T, D,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, LOWEST: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    inside = (row < N)[:, None] & (col < D)
+    x_ptr += row[:, None] * x_stride_n
+    if HAS_MASK:
+        mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)[:, None]
+    z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, inside, SCALE, HAS_MASK, COMPUTE)
+
+    # Not below the lowest number: the sum over a row of −∞ is then 0, and y 0/0, NaN.
+    top = tl.maximum(tl.max(z, axis=1), LOWEST)
+    e = tl.exp(z - top[:, None])
+    total = tl.sum(e, axis=1)
+    if HAS_MASK:
+        total = tl.where(total == 0.0, 1.0, total)
+
+    tl.store(y_ptr + row[:, None] * D + col, e * (1.0 / total)[:, None], mask=inside)
+    tl.store(top_ptr + row, top, mask=row < N)
+    tl.store(total_ptr + row, total, mask=row < N)
+
+
+@triton.jit
+def _softmax_fwd_wide_kernel(
+    x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
+    x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, LOWEST: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK_D)
+    x_ptr += row * x_stride_n
+    if HAS_MASK:
+        mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
+
+    # Each lane keeps a maximum and a sum relative to it: one exponential an element, and no lane
+    # waits for another before the end of the row.
+    tops = tl.full((BLOCK_D,), LOWEST, COMPUTE)
+    sums = tl.zeros((BLOCK_D,), COMPUTE)
+    for start in range(0, D, BLOCK_D):
+        col = start + block
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
+        e = tl.exp(-tl.abs(z - tops))
+        sums = tl.where(z > tops, sums * e + 1.0, sums + e)
+        tops = tl.maximum(tops, z)
+
+    top = tl.max(tops, axis=0)
+    total = tl.sum(sums * tl.exp(tops - top), axis=0)
+    if HAS_MASK:
+        total = tl.where(total == 0.0, 1.0, total)
+    tl.store(top_ptr + row, top)
+    tl.store(total_ptr + row, total)
+
+    over = 1.0 / total
+    last = (D - 1) // BLOCK_D * BLOCK_D
+    for step in range(0, D, BLOCK_D):
+        col = last - step + block
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
+        y = tl.exp(z - top) * over
+        # Streaming, so that y drives no x out of the cache that is still to be read again.
+        tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
+
+
+def _softmax_fwd_config(D: int) -> dict:
+    """A row in registers, 32 elements a thread: four 16-byte loads in flight, and several rows
+    where one is too short for that.
+
+    Beyond 32768 elements a program walks along the row, as large as a multiprocessor takes: the
+    rows in flight then fit into the caches, from which they are read the second time.
+    """
+    if D > 32768:
+        return {"BLOCK_D": 16384, "num_warps": 32}
+    block_d = next_power_of_2(D)
+    block_n = min(32, max(1, 4096 // block_d))
+    return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 1024)}
+
+
+def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = dense_like(x)
+    top = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+    total = torch.empty_like(top)
+
+    if has_work(y):
+        x = as_rows(x)
+        N, D = x.shape
+        mask, (H, T), mask_strides = _rows_of_mask(mask)
+        options = {
+            "SCALE": scale,
+            "HAS_MASK": mask is not None,
+            "LOWEST": torch.finfo(top.dtype).min,
+            "COMPUTE": triton_dtype(top.dtype),
+            **_softmax_fwd_config(D),
+        }
+        if "BLOCK_N" in options:
+            _softmax_fwd_kernel[(cdiv(N, options["BLOCK_N"]),)](
+                x, mask, y, top, total, x.stride(0), *mask_strides, N, H, T, D, **options
+            )
+        else:
+            _softmax_fwd_wide_kernel[(N,)](
+                x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D, **options
+            )
+    return y, top, total
+
+
+def _rows_of_mask(
+    mask: Tensor | None,
+) -> tuple[Tensor | None, tuple[int, int], tuple[int, int, int, int]]:
+    """View a mask (..., D) as (B, H, T, D), any strides; copy only where no view can do that.
+
+    Three dimensions of rows are enough for masks that the heads share.
+    """
+    if mask is None:
+        return None, (1, 1), (0, 0, 0, 0)
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(mask.shape[:-1], mask.stride()[:-1], strict=True):
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        elif size != 1:
+            dims.append((size, stride))
+    if len(dims) > 3:
+        return _rows_of_mask(mask.contiguous())
+    (_, b), (H, h), (T, t) = [(1, 0)] * (3 - len(dims)) + dims
+    return mask.view(torch.uint8), (H, T), (b, h, t, mask.stride(-1))
+
+
+@triton.jit
+def _softmax_bwd_kernel(
+    x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
+    x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n,
+    N, H, T, D,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    inside = (row < N)[:, None] & (col < D)
+    x_ptr += row[:, None] * x_stride_n
+    if HAS_MASK:
+        mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)[:, None]
+    z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, inside, SCALE, HAS_MASK, COMPUTE)
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+    top = tl.load(top_ptr + row, mask=row < N, other=0.0)
+    total = tl.load(total_ptr + row, mask=row < N, other=1.0)
+
+    y = tl.exp(z - top[:, None]) * (1.0 / total)[:, None]
+    dot = tl.sum(dy * y, axis=1)
+    dx = y * (dy - dot[:, None]) * SCALE
+
+    tl.store(dx_ptr + row[:, None] * D + col, dx, mask=inside)
+
+
+@triton.jit
+def _softmax_bwd_wide_kernel(
+    x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
+    x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n, H, T, D,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK_D)
+    x_ptr += row * x_stride_n
+    dy_ptr += row * dy_stride_n
+    if HAS_MASK:
+        mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
+    top = tl.load(top_ptr + row)
+    over = 1.0 / tl.load(total_ptr + row)
+
+    dots = tl.zeros((BLOCK_D,), COMPUTE)
+    for start in range(0, D, BLOCK_D):
+        col = start + block
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
+        dy = tl.load(dy_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
+        dots += dy * (tl.exp(z - top) * over)
+
+    dot = tl.sum(dots, axis=0)
+
+    last = (D - 1) // BLOCK_D * BLOCK_D
+    for step in range(0, D, BLOCK_D):
+        col = last - step + block
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
+        dy = tl.load(dy_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
+        dx = tl.exp(z - top) * over * (dy - dot) * SCALE
+        tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
+
+
+def _softmax_bwd_config(D: int) -> dict:
+    """Half the tile of the forward pass, for two tensors are in registers at once."""
+    if D > 16384:
+        return {"BLOCK_D": 16384, "num_warps": 32}
+    block_d = next_power_of_2(D)
+    block_n = min(32, max(1, 2048 // block_d))
+    return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 512)}
+
+
+def softmax_bwd(
+    x: Tensor,
+    mask: Tensor | None,
+    top: Tensor,
+    total: Tensor,
+    dy: Tensor,
+    scale: float,
+) -> tuple[Tensor]:
+    dx = dense_like(x)
+
+    if has_work(dx):
+        x, dy, top, total = as_rows(x), as_rows(dy), unit_stride(top), unit_stride(total)
+        N, D = x.shape
+        mask, (H, T), mask_strides = _rows_of_mask(mask)
+        strides = (x.stride(0), *mask_strides, dy.stride(0))
+        options = {
+            "SCALE": scale,
+            "HAS_MASK": mask is not None,
+            "COMPUTE": triton_dtype(top.dtype),
+            **_softmax_bwd_config(D),
+        }
+        if "BLOCK_N" in options:
+            _softmax_bwd_kernel[(cdiv(N, options["BLOCK_N"]),)](
+                x, mask, top, total, dy, dx, *strides, N, H, T, D, **options
+            )
+        else:
+            _softmax_bwd_wide_kernel[(N,)](
+                x, mask, top, total, dy, dx, *strides, H, T, D, **options
+            )
+    return (dx,)
+
+
+_softmax = custom_vjp(
+    "softmax",
+    reference=reference,
+    fwd=softmax_fwd,
+    bwd=softmax_bwd,
+    results="y",
+    residuals="top total",
+    grads="x",
+    rows="x mask y top total",
+)
+
+
+def softmax(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Turn the last dimension into probabilities.
+
+        y = exp(scale · x) / Σ exp(scale · x), over the elements that the mask allows
+
+    Args:
+        x: (..., D), floating point, any strides.
+        mask: bool, of the shape of x or one that broadcasts to it, any strides: True allows an
+            element, False gives it probability 0, as in torch's scaled_dot_product_attention. It is
+            read as it lies: what the heads share is not copied for them.
+        scale: multiplies x in float32; 1/temperature, or 1/√C for the scores of attention. Each
+            value is compiled once.
+
+    Returns:
+        (..., D), dtype of x, contiguous. A row of −∞, or with NaN or +∞ in it, is NaN as in
+        torch.softmax; with a mask a row of which nothing is left, masked or −∞, is 0, as in
+        scaled_dot_product_attention, and so is its gradient.
+
+    Raises:
+        TypeError: x is not a floating-point tensor, mask not a bool tensor, scale no number.
+        ValueError: mask does not broadcast to the shape of x, or lies on another device.
+
+    Precision: computed in float32 (float64 for float64 x); every output is rounded once.
+    Memory: x, mask and 8 bytes a row live until the backward pass; y does not.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    check.floating("softmax", "x", x)
+    check.at_least_1d("softmax", "x", x)
+    check.number("softmax", "scale", scale, "be a number", True)
+    if mask is not None:
+        _check_mask(x, mask)
+        mask = mask.expand(x.shape)
+    return _softmax(x, mask, scale)
+
+
+def _check_mask(x: Tensor, mask: Tensor) -> None:
+    check.tensor("softmax", "mask", mask)
+    if mask.dtype is not torch.bool:
+        check.fail("softmax", "mask", "have dtype torch.bool", mask.dtype, TypeError)
+    check.device("softmax", "mask", mask, x, "x")
+    sizes = zip(mask.shape, x.shape[x.dim() - mask.dim() :], strict=False)
+    if mask.dim() > x.dim() or not all(m == 1 or m == n for m, n in sizes):
+        contract = f"have a shape that broadcasts to {check.spell(x.shape)}, the shape of `x`"
+        check.fail("softmax", "mask", contract, check.spell(mask.shape))
