@@ -34,7 +34,10 @@ class Contestant:
 
 @dataclass
 class Bench:
-    """One run: what is the same for all of its rows, and the rows so far."""
+    """One run: what is the same for all of its rows, the rows so far, and when to begin no more.
+
+    `end` is a time of the monotonic clock.
+    """
 
     options: argparse.Namespace
     clock: Clock
@@ -42,6 +45,7 @@ class Bench:
     providers: list[Provider]
     about: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    end: float = float("inf")
 
     def case(self, spec: OpSpec, benchmark: Benchmark, modes: Sequence[str]) -> None:
         """Check every provider that has the op, then time those that are right."""
@@ -57,10 +61,10 @@ class Bench:
             alone = any(mode.endswith("fwd") for mode in modes)
             contestants = [c for c in contestants if self._enter(c, spec.name, inputs, want, alone)]
             del want
-            self._forget()
+            self.forget()
         for mode in modes:
-            self._write(self._measure(spec, benchmark, mode, inputs, contestants))
-        self._forget()
+            self.write(self._measure(spec, benchmark, mode, inputs, contestants))
+        self.forget()
 
     def _draw(self, spec: OpSpec, benchmark: Benchmark) -> tuple[Inputs, Answer]:
         draw = DeviceDraw(self.clock.device, getattr(torch, self.options.dtype), self.options.seed)
@@ -95,7 +99,7 @@ class Bench:
             facts |= {"status": "cannot", "note": first_line(error)}
         except Exception as error:
             facts |= {"status": "failed", "note": first_line(error)}
-            self._forget()
+            self.forget()
         return True
 
     def _measure(
@@ -142,7 +146,7 @@ class Bench:
         """What a row says of a time, and of the memory of one more repeat."""
         facts: dict[str, Any] = {}
         if isinstance(timing, Exception):
-            self._forget()
+            self.forget()
             return {"status": "failed", "note": first_line(timing)}
         if timing is not None:
             floor = self.ceilings.floor_ms(benchmark, mode)
@@ -153,12 +157,12 @@ class Bench:
         except Exception as error:
             return facts | {"note": f"peak memory: {first_line(error)}"}
 
-    def _write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[Row]) -> None:
         self.rows += rows
         if self.options.csv:
             report.append(self.options.csv, rows)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Give cached memory back, and stop if an error has cost us the device."""
         if self.clock.device.type == "cuda":
             try:

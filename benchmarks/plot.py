@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import Row, latest, read
+from benchmarks.report import Row, is_sweep, latest, read
 
 # One colour a provider, the same in every plot; kin are shades of one.
 _COLORS = {
@@ -44,7 +44,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in latest(rows):
-        if row.status == "ok":
+        if row.status == "ok" and not is_sweep(row.mode):
             groups.setdefault((row.device, row.op, row.mode), []).append(row)
     drawn = (_draw(key, group, folder) for key, group in groups.items())
     return [path for path in drawn if path is not None]

@@ -12,6 +12,7 @@ class Row:
     """One provider in one mode of one case.
 
     Attributes:
+        provider: who; in a sweep, with which settings; in a layer, with which of our ops.
         status: "ok", "wrong" (its answer is), "cannot" (it has no such option) or "failed".
         ms: the median; blank unless the answer is right. It is the device's time (timing.py says
             how), of the modes `host-fwd` and `host-full` the host's.
@@ -51,6 +52,9 @@ class Row:
     commit: str = ""
     date: str = ""
 
+
+# The note of a sweep's row: so the op runs today. A table marks what is slower by more than this.
+CURRENT, _TOLERATED = "current", 0.03
 
 COLUMNS = tuple(f.name for f in fields(Row))
 _NUMBERS = {f.name for f in fields(Row) if f.type not in (str, "str")}
@@ -114,7 +118,14 @@ def tables(rows: Sequence[Row], bold: bool = False) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.op, row.mode), []).append(row)
-    return "\n\n".join(_table(*key, group, bold) for key, group in groups.items())
+    return "\n\n".join(
+        (_sweep if is_sweep(key[1]) else _table)(*key, group, bold) for key, group in groups.items()
+    )
+
+
+def is_sweep(mode: str) -> bool:
+    """Say whether rows of this mode compare configurations of one op, not providers."""
+    return mode.startswith("sweep")
 
 
 def remarks(rows: Iterable[Row]) -> list[str]:
@@ -150,6 +161,31 @@ def _table(op: str, mode: str, rows: list[Row], bold: bool) -> str:
     if mode.startswith("host"):
         unit = "ms of host time a call"
     return f"{op}, {mode} ({unit})\n" + _columns(lines, bold)
+
+
+def _sweep(op: str, mode: str, rows: list[Row], bold: bool) -> str:
+    """Today's configuration of every shape beside the best one."""
+    lines = [["", "now", "", "best", "", "slower"]]
+    for shape in dict.fromkeys(r.shape for r in rows):
+        of_shape = [r for r in rows if r.shape == shape]
+        now = next((r for r in of_shape if r.note == CURRENT), None)
+        first = best(of_shape, "ms")
+        if now is None or now.ms is None or first is None or first.ms is None:
+            continue
+        slower = now.ms / first.ms - 1
+        verdict = f"{slower:.1%}" + ("*" if slower > _TOLERATED else " ")
+        lines.append(
+            [
+                shape,
+                now.provider,
+                _cell(now, "ms", False),
+                "the same" if first is now else first.provider,
+                _cell(first, "ms", False),
+                verdict,
+            ]
+        )
+    head = f"{op}, {mode} (ms, share of the floor; * more than {_TOLERATED:.0%} from the best)"
+    return f"{head}\n" + _columns(lines, bold)
 
 
 def _cell(row: Row | None, quantity: str, first: bool) -> str:

@@ -1,15 +1,19 @@
 """The benchmark CLI on tiny shapes: it checks before it times, and reports what it cannot time."""
 
 import dataclasses
+import functools
 import importlib.util
+import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import answers, plot, providers, report, timing
+from benchmarks import answers, layer, plot, providers, report, sweep, timing
 from benchmarks.bench import DeviceLost
 from benchmarks.ceilings import Ceilings
 from benchmarks.inputs import DeviceDraw, Overwritten, draw_inputs, watch
@@ -17,7 +21,8 @@ from benchmarks.providers import PROVIDERS, Eager, Provider
 from benchmarks.report import Row
 from benchmarks.timing import Clock, Step, Timing, host_ms, in_turns, step
 from benchmarks.tiny import tiny
-from liger_fn.testing.spec import Benchmark
+from liger_fn.functional.activation import softmax as softmax_file
+from liger_fn.testing.spec import Benchmark, Launch, around
 from liger_fn.testing.specs import specs
 
 SPECS = {spec.name: spec for spec in specs()}
@@ -515,6 +520,183 @@ def test_the_floor_is_the_slower_of_traffic_and_work():
     assert rates.floor_ms(case, "full") == pytest.approx(3.0)
     assert rates.floor_ms(case, "host-fwd") is None
     assert rates.floor_ms(Benchmark("x", dict), "fwd") is None
+
+
+# Sweeps
+
+
+def softmax_launch(*candidates, mode="fwd") -> Launch:
+    return Launch(softmax_file, f"_softmax_{mode}_config", mode, lambda current: candidates)
+
+
+def swept(*launches: Launch):
+    """The spec of softmax with its tiny call, of 1024 columns, and these launches."""
+    return dataclasses.replace(small("softmax"), launches=launches)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.launches], ids=lambda s: s.name)
+def test_every_launch_that_a_spec_names_is_asked_and_can_be_replaced(spec, device):
+    # The tiny call's memory is read and written, so that a candidate out of bounds would show.
+    inputs = draw_inputs(spec, tiny(spec), DeviceDraw(device, torch.float32))
+    for launch in spec.launches:
+        with sweep.recorded(launch) as seen:
+            want = answers.answer(inputs, spec.op)
+        today, *others = sweep.configurations(seen, launch)
+        assert today == seen[0]
+        assert others
+        assert today not in others
+        for config in others[:2]:
+            with sweep.recorded(launch) as asked, sweep.replaced(launch, config):
+                got = answers.answer(inputs, spec.op)
+            assert asked == []
+            # Float32, summed in another order.
+            assert answers.worst(got, want)[1] < 1e-5
+
+
+def test_a_sweep_has_rows_of_all_candidates_and_says_what_the_op_does_today(bench, monkeypatch):
+    wrong = {"BLOCK_D": 512, "BLOCK_N": 1, "num_warps": 4}
+    fails = {"BLOCK_D": 1000, "BLOCK_N": 1, "num_warps": 4}
+    other = {"BLOCK_D": 1024, "BLOCK_N": 1, "num_warps": 4}
+    spec = swept(softmax_launch(other, wrong, fails), softmax_launch(other, mode="bwd"))
+    monkeypatch.setitem(globals(), "small", lambda name: spec)
+    rows = bench(["softmax"], "--mode", "sweep")
+    got = {(r.mode, r.provider): r for r in rows}
+    fwd, bwd = "sweep-fwd _softmax_fwd_config", "sweep-bwd _softmax_bwd_config"
+    assert {key: r.status for key, r in got.items()} == {
+        (fwd, "BLOCK_D=1024 BLOCK_N=4 num_warps=4"): "ok",
+        (fwd, "BLOCK_D=1024 BLOCK_N=1 num_warps=4"): "ok",
+        (fwd, "BLOCK_D=512 BLOCK_N=1 num_warps=4"): "wrong",
+        (fwd, "BLOCK_D=1000 BLOCK_N=1 num_warps=4"): "failed",
+        (bwd, "BLOCK_D=1024 BLOCK_N=2 num_warps=4"): "ok",
+        (bwd, "BLOCK_D=1024 BLOCK_N=1 num_warps=4"): "ok",
+    }
+    assert all((r.ms is not None and r.ms > 0) == (r.status == "ok") for r in rows)
+    today = [r.provider for r in rows if r.note == report.CURRENT]
+    assert today == ["BLOCK_D=1024 BLOCK_N=4 num_warps=4", "BLOCK_D=1024 BLOCK_N=2 num_warps=4"]
+    assert softmax_file._softmax_fwd_config(1024)["BLOCK_N"] == 4
+
+
+def test_a_launcher_that_keeps_what_it_made_of_a_configuration_makes_it_anew(monkeypatch):
+    kept = functools.cache(lambda: softmax_file._softmax_fwd_config(8)["num_warps"])
+    monkeypatch.setattr(softmax_file, "_kept", kept, raising=False)
+    launch = softmax_launch()
+    today = kept()
+    with sweep.replaced(launch, {"num_warps": today + 1}):
+        assert kept() == today + 1
+    assert kept() == today
+
+
+def test_a_configuration_that_no_call_asks_is_a_mistake():
+    with pytest.raises(ValueError, match="_softmax_fwd_config was not asked in a call"):
+        sweep.configurations([], softmax_launch())
+
+
+def test_a_sweep_needs_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "interpreted", lambda: False)
+    assert cli.main(["--mode", "sweep", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "--mode sweep: needs a GPU.\n"
+
+
+def test_around_combines_what_there_is_and_leaves_out_what_idles_or_spills():
+    today = {"BLOCK_D": 256, "num_warps": 4}
+    candidates = around(BLOCK_N=(1, 2), BLOCK_D=(128, 1024, 8192), num_warps=(1, 4))(today)
+    assert candidates == [
+        {"BLOCK_D": 128, "num_warps": 1},
+        {"BLOCK_D": 1024, "num_warps": 1},
+        {"BLOCK_D": 1024, "num_warps": 4},
+        {"BLOCK_D": 8192, "num_warps": 4},
+    ]
+
+
+def test_a_table_of_a_sweep_marks_what_is_far_from_the_best(tmp_path):
+    def of(shape: str, settings: str, ms: float, note: str = "") -> Row:
+        about = dataclasses.asdict(row(settings, ms, note=note))
+        return Row(**about | {"shape": shape, "mode": "sweep-fwd _config"})
+
+    rows = [of("a", "W=4", 1.04, report.CURRENT), of("a", "W=8", 1.0)]
+    rows += [of("b", "W=4", 1.02, report.CURRENT), of("b", "W=8", 1.0)]
+    rows += [of("c", "W=4", 1.0, report.CURRENT), of("c", "W=8", 2.0)]
+    head, names, *lines = report.tables(rows).splitlines()
+    assert head.startswith("rms_norm, sweep-fwd _config (ms, share of the floor; ")
+    assert names.split() == ["now", "best", "slower"]
+    assert [line.split() for line in lines] == [
+        ["a", "W=4", "1.040", "50%", "W=8", "1.000", "50%", "4.0%*"],
+        ["b", "W=4", "1.020", "50%", "W=8", "1.000", "50%", "2.0%"],
+        ["c", "W=4", "1.000", "50%", "the", "same", "1.000", "50%", "0.0%"],
+    ]
+    assert plot.plot(rows, tmp_path) == []
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="there is no Triton to compile with"
+)
+def test_what_a_sweep_needs_is_compiled_ahead_without_a_gpu(tmp_path):
+    code = """
+from triton.backends.compiler import GPUTarget
+from benchmarks import ahead
+
+ahead.launch_nothing(GPUTarget("cuda", 90, 32), 132)
+assert ahead.compile_case("softmax", "32768x256", 0, "bfloat16") == 0
+"""
+    outside = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=outside | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Forward and backward as they are, and the candidates.
+    spec = SPECS["softmax"]
+    today = softmax_file._softmax_fwd_config(256)
+    candidates = sweep.configurations([today], spec.launches[0])
+    assert len(list(tmp_path.rglob("_softmax_fwd_kernel.cubin"))) == len(candidates)
+    assert len(list(tmp_path.rglob("_softmax_bwd_kernel.cubin"))) == 1
+
+
+# The layer
+
+
+def test_a_layer_has_a_row_for_every_choice_of_ops(bench, monkeypatch):
+    compiled = []
+
+    def compile(function, **options):
+        assert options["fullgraph"]
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    rows = bench(["rms_norm"], "--mode", "layer")
+    assert len(compiled) == len(layer.CHOICES)
+    assert [(r.shape, r.provider) for r in rows] == [
+        (f"1x16 {how}", choice) for how in ("eager", "compiled") for choice in layer.CHOICES
+    ]
+    for r in rows:
+        assert (r.op, r.mode, r.status) == ("layer", "layer", "ok"), r.note
+        assert r.ms > 0
+
+
+def test_a_wrong_layer_gets_no_time(bench, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("liger_fn.functional.swiglu", lambda gate, up: gate * up)
+    rows = bench(["rms_norm"], "--mode", "layer")
+    status = {r.provider: (r.status, r.ms is None) for r in rows}
+    assert status["swiglu"] == status["all"] == ("wrong", True)
+    assert status["rope"] == ("ok", False)
+
+
+def test_the_work_of_a_layer():
+    # 218,103,808 weights in its matrices; 4096 · 4096 · 4096 products twice, half of them masked.
+    sizes = layer.LLAMA_8B
+    case = sizes.benchmark()
+    assert case.flops_fwd == 2 * 4096 * (2 * 218103808 + 2 * 4096 * 4096)
+    assert case.flops_bwd == 2 * case.flops_fwd
+    tiny_layer = layer.weights(layer.TINY, DeviceDraw(CPU, torch.bfloat16))
+    weights = sum(w.numel() for w in tiny_layer.values() if w.dim() == 2)
+    assert layer.TINY.benchmark().flops_fwd == 16 * (2 * weights + 2 * 16 * 32)
 
 
 def row(provider: str, ms: float | None, **facts) -> Row:

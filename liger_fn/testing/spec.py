@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Arguments = dict[str, Any]
+Config = dict[str, int]
 
 
 @dataclass
@@ -82,6 +86,47 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A launch configuration that `python -m benchmarks --mode sweep` tries others in place of.
+
+    Attributes:
+        module, config: where it is, and its name there: a pure function of sizes and of facts about
+            the chip, asked at every call, that returns a dict: constants of a launch, num_warps.
+        mode: the pass that it configures, "fwd" or "bwd".
+        candidates: what to try, given what it returns today.
+    """
+
+    module: ModuleType
+    config: str
+    mode: str
+    candidates: Callable[[Config], Sequence[Config]]
+
+
+def around(
+    per_thread: tuple[int, int] = (4, 64), **choices: Sequence[int]
+) -> Callable[[Config], list[Config]]:
+    """Give candidates: every combination of the choices that a configuration has an entry for.
+
+    Those whose tile, the product of BLOCK_* and PIECES, has fewer or more elements a thread than
+    `per_thread` are left out: their threads idle, or spill.
+    """
+
+    def candidates(current: Config) -> list[Config]:
+        names = [name for name in choices if name in current]
+        combinations = product(*(choices[name] for name in names))
+        tried = [{**current, **dict(zip(names, values, strict=True))} for values in combinations]
+        low, high = per_thread
+        return [config for config in tried if low <= _elements_a_thread(config) <= high]
+
+    return candidates
+
+
+def _elements_a_thread(config: Config) -> float:
+    tile = prod(n for name, n in config.items() if name.startswith("BLOCK_") or name == "PIECES")
+    return tile / (32 * config["num_warps"])
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """An op and the facts that its author states; the suite knows what must follow.
 
@@ -98,6 +143,7 @@ class OpSpec:
         slack: how much more error than the baseline is allowed, per dtype; each with its reason
             beside it.
         autocast: whether autocast casts the inputs (of a float32 call) or leaves them alone.
+        launches: the configurations of its launches that can be swept.
         huge: a call whose `rows` pass 2^31 elements, with results by row, for GPUs that hold it.
     """
 
@@ -112,6 +158,7 @@ class OpSpec:
     errors: tuple[BadCall, ...] = ()
     kernels: Callable[[], Sequence[Compilation]] = tuple
     benchmarks: tuple[Benchmark, ...] = ()
+    launches: tuple[Launch, ...] = ()
     autocast: bool = False
     huge: Case | None = None
 

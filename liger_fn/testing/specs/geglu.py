@@ -40,5 +40,6 @@ SPEC = OpSpec(
     ),
     kernels=lambda: glu.kernels("gelu_tanh", "gelu_erf"),
     benchmarks=glu.benchmarks(),
+    launches=glu.launches(),
     huge=glu.huge(),
 )

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_fn.functional.activation import glu
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation
+from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, Launch, around
 
 
 def case(*shape: int, scale: float = 1.0, id: str = "", **options) -> Case:
@@ -151,6 +151,11 @@ def kernels(*activations: str) -> list[Compilation]:
                 )
             )
     return out
+
+
+def launches() -> tuple[Launch, ...]:
+    candidates = around(BLOCK_N=(1, 2, 4), BLOCK_F=(512, 1024, 2048), num_warps=(1, 2, 4, 8))
+    return tuple(Launch(glu, "_glu_config", mode, candidates) for mode in ("fwd", "bwd"))
 
 
 def benchmarks(**options) -> tuple[Benchmark, ...]:

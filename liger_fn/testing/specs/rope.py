@@ -5,7 +5,15 @@ import triton.language as tl
 
 from liger_fn.functional import rope
 from liger_fn.functional.position import rope as room
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
+from liger_fn.testing.spec import (
+    BadCall,
+    Benchmark,
+    Case,
+    Compilation,
+    Launch,
+    OpSpec,
+    around,
+)
 
 
 def case(
@@ -256,6 +264,12 @@ SPEC = OpSpec(
             (8, 1024, 8, 4, 256),
             (4, 4096, 32, 8, 64),
         )
+    ),
+    launches=tuple(
+        Launch(
+            room, "_rope_config", mode, around(BLOCK_M=(4, 8, 16, 32, 64), num_warps=(1, 2, 4, 8))
+        )
+        for mode in ("fwd", "bwd")
     ),
     huge=huge(),
 )

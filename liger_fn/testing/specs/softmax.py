@@ -7,7 +7,16 @@ import triton.language as tl
 
 from liger_fn.functional import softmax
 from liger_fn.functional.activation import softmax as room
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
+from liger_fn.testing.spec import (
+    BadCall,
+    Benchmark,
+    Case,
+    Compilation,
+    Config,
+    Launch,
+    OpSpec,
+    around,
+)
 
 
 def case(
@@ -85,6 +94,15 @@ def attention_benchmark(B: int, H: int, T: int) -> Benchmark:
         bytes_fwd=4 * elements + mask,
         bytes_bwd=6 * elements + mask,
     )
+
+
+def candidates(current: Config) -> list[Config]:
+    """Tiles of whole rows as wide as they are, or walks along the row, and near the limit both."""
+    walks = around(BLOCK_D=(4096, 8192, 16384, 32768), num_warps=(8, 16, 32))
+    if "BLOCK_N" not in current:
+        return walks(current)
+    tiles = around(BLOCK_N=(1, 2, 4, 8, 16), num_warps=(2, 4, 8, 16, 32))(current)
+    return tiles + (walks({"BLOCK_D": 8192, "num_warps": 8}) if current["BLOCK_D"] > 8192 else [])
 
 
 def huge() -> Case:
@@ -193,6 +211,10 @@ SPEC = OpSpec(
             )
         ),
         attention_benchmark(1, 32, 2048),
+    ),
+    launches=(
+        Launch(room, "_softmax_fwd_config", "fwd", candidates),
+        Launch(room, "_softmax_bwd_config", "bwd", candidates),
     ),
     huge=huge(),
 )

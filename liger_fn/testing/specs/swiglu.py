@@ -22,5 +22,6 @@ SPEC = OpSpec(
     errors=glu.errors("swiglu"),
     kernels=lambda: glu.kernels("silu"),
     benchmarks=glu.benchmarks(),
+    launches=glu.launches(),
     huge=glu.huge(),
 )
