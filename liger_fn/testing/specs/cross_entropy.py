@@ -6,7 +6,16 @@ import triton.language as tl
 
 from liger_fn.functional import cross_entropy
 from liger_fn.functional.loss import cross_entropy as room
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, Draw, OpSpec
+from liger_fn.testing.spec import (
+    BadCall,
+    Benchmark,
+    Case,
+    Compilation,
+    Draw,
+    Launch,
+    OpSpec,
+    around,
+)
 
 
 def targets(draw: Draw, V: int, *shape: int, ignore_index: int = -100) -> torch.Tensor:
@@ -244,5 +253,14 @@ SPEC = OpSpec(
     kernels=kernels,
     benchmarks=tuple(
         benchmark(*s) for s in ((4096, 128256), (16384, 32000), (4096, 151936), (4096, 262144))
+    ),
+    launches=tuple(
+        Launch(
+            room,
+            "_cross_entropy_config",
+            mode,
+            around(BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32)),
+        )
+        for mode in ("fwd", "bwd")
     ),
 )  # fmt: skip
