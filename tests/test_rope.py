@@ -63,3 +63,18 @@ def test_heads_of_a_projection_are_not_copied(device, monkeypatch):
     q, k = (t.transpose(1, 2) for t in projection.split((3, 2), 2))
     rope(q, k, *(t.float() for t in angles(4, 8, device)))
     assert [t.data_ptr() for t in passed] == [q.data_ptr(), k.data_ptr()]
+
+
+@pytest.mark.parametrize("layout", ["bhtc", "bthc"])
+def test_a_view_of_a_projection_gives_one_and_so_does_its_gradient(layout, device):
+    cos, sin = angles(3, 8, device)
+    heads = (torch.randn(2, 3, n, 8, dtype=torch.float64, device=device) for n in (4, 2))
+    q, k = (t.transpose(1, 2) for t in heads) if layout == "bhtc" else heads
+    leaves = [t.requires_grad_() for t in (q, k)]
+    turned = rope(*leaves, cos, sin, layout=layout)
+    grads = torch.autograd.grad(turned, leaves, [torch.ones_like(t) for t in turned])
+    for x, y, dx in zip(leaves, turned, grads, strict=True):
+        assert y.stride() == dx.stride() == x.stride()
+    dense = rope(q.contiguous(), k, cos, sin, layout=layout)
+    assert dense[0].is_contiguous()
+    torch.testing.assert_close(dense, turned)

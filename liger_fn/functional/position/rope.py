@@ -171,7 +171,8 @@ def _rope_kernel(
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t, H, K, T, q_tiles, k_tiles,
     C: tl.constexpr, HALF: tl.constexpr, EACH_TWICE: tl.constexpr, HAS_K: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
+    Q_HEADS_FIRST: tl.constexpr, K_HEADS_FIRST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_PAIR: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -185,14 +186,14 @@ def _rope_kernel(
         _turn_tile(
             q_ptr, q_out_ptr, cos_ptr, sin_ptr,
             q_stride_b, q_stride_h, q_stride_t, cos_stride_t, sin_stride_t,
-            H, T, batch, tile, C, HALF, EACH_TWICE, HEADS_FIRST, INTERLEAVED, BACK,
+            H, T, batch, tile, C, HALF, EACH_TWICE, Q_HEADS_FIRST, INTERLEAVED, BACK,
             COMPUTE, BLOCK_M, BLOCK_PAIR, BLOCK_TAIL,
         )  # fmt: skip
     elif HAS_K:
         _turn_tile(
             k_ptr, k_out_ptr, cos_ptr, sin_ptr,
             k_stride_b, k_stride_h, k_stride_t, cos_stride_t, sin_stride_t,
-            K, T, batch, tile - q_tiles, C, HALF, EACH_TWICE, HEADS_FIRST, INTERLEAVED, BACK,
+            K, T, batch, tile - q_tiles, C, HALF, EACH_TWICE, K_HEADS_FIRST, INTERLEAVED, BACK,
             COMPUTE, BLOCK_M, BLOCK_PAIR, BLOCK_TAIL,
         )  # fmt: skip
 
@@ -214,7 +215,8 @@ def _rope_with(
     half: int,
     each_twice: bool,
     has_k: bool,
-    heads_first: bool,
+    q_heads_first: bool,
+    k_heads_first: bool,
     interleaved: bool,
     back: bool,
     dtype: torch.dtype,
@@ -222,7 +224,8 @@ def _rope_with(
     return Bound(
         _rope_kernel,
         C=C, HALF=half, EACH_TWICE=each_twice, HAS_K=has_k,
-        HEADS_FIRST=heads_first, INTERLEAVED=interleaved, BACK=back,
+        Q_HEADS_FIRST=q_heads_first, K_HEADS_FIRST=k_heads_first,
+        INTERLEAVED=interleaved, BACK=back,
         COMPUTE=triton_dtype(accumulator(dtype)), **_rope_config(C, half),
     )  # fmt: skip
 
@@ -236,6 +239,22 @@ def _with_dims(dims: int, x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _in_order_of(x: Tensor) -> Tensor:
+    """Allocate the shape and dtype of x in dense memory, the dimensions in the order of x's.
+
+    Where q is a transposed view of a projection, its gradient is then a view of the projection's,
+    and goes on without a copy.
+    """
+    if _swapped(x):
+        return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+    return dense_like(x)
+
+
+def _swapped(x: Tensor) -> bool:
+    """Say whether the second of four dimensions is inside the third in memory."""
+    return x.dim() == 4 and x.shape[1] > 1 and x.shape[2] > 1 and x.stride(2) > x.stride(1)
+
+
 def _turn(
     q: Tensor | None,
     k: Tensor | None,
@@ -246,12 +265,13 @@ def _turn(
     layout: str,
     back: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    q_out = None if q is None else dense_like(q)
-    k_out = None if k is None else dense_like(k)
+    q_out = None if q is None else _in_order_of(q)
+    k_out = None if k is None else _in_order_of(k)
     given = [(x, out) for x, out in ((q, q_out), (k, k_out)) if x is not None and has_work(out)]
     if given:
         # A lone tensor takes the place of q.
         (x, x_out), (y, y_out) = given[0], given[-1]
+        x_out, y_out = _with_dims(4, x_out), _with_dims(4, y_out)
         x, y = _with_dims(4, x), _with_dims(4, y) if len(given) == 2 else None
         cos, sin = _with_dims(3, cos), _with_dims(3, sin)
         _launch(x, y, cos, sin, x_out, y_out, rotary_dim, interleaved, layout == "bhtc", back)
@@ -279,8 +299,9 @@ def _launch(
 
     twice = _each_twice(cos, rotary_dim, interleaved)
     turn = _rope_with(
-        C, rotary_dim // 2, twice, k is not None, heads_first, interleaved, back, q.dtype
-    )
+        C, rotary_dim // 2, twice, k is not None, _heads_first(q_out, head, token),
+        _heads_first(k_out, head, token), interleaved, back, q.dtype,
+    )  # fmt: skip
     block_m = turn.constants["BLOCK_M"]
     q_tiles, k_tiles = cdiv(T * H, block_m), cdiv(T * K, block_m)
     turn(
@@ -290,6 +311,11 @@ def _launch(
         k_strides[0], k_strides[head], k_strides[token],
         cos_strides[0], cos_strides[1], sin_strides[0], sin_strides[1], H, K, T, q_tiles, k_tiles,
     )  # fmt: skip
+
+
+def _heads_first(out: Tensor, head: int, token: int) -> bool:
+    """Say whether the heads of a dense tensor are outside its tokens in memory."""
+    return out.stride(head) >= out.stride(token)
 
 
 def rope_fwd(
@@ -385,7 +411,8 @@ def rope(
         layout: "bhtc", or "bthc" for q (B, T, H, C) and k (B, T, K, C).
 
     Returns:
-        q′ and k′, contiguous, with shapes and dtype of q and k; without k only q′.
+        q′ and k′, with shapes and dtype of q and k, dense, heads and tokens in the memory order of
+        q and k; without k only q′.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or q and k have different dtypes.
