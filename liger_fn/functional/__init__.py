@@ -12,6 +12,7 @@ from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_ent
 from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
+from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 
@@ -21,6 +22,7 @@ __all__ = [
     "fused_linear_cross_entropy",
     "geglu",
     "layer_norm",
+    "logprobs",
     "rms_norm",
     "rope",
     "softmax",

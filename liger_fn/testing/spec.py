@@ -168,5 +168,6 @@ class OpSpec:
 
 
 def results(out: Any) -> tuple[Tensor, ...]:
-    """The tensors that a call returns, always as a tuple."""
-    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    """The tensors that a call returns, but for indices and what was not asked for, as a tuple."""
+    returned = out if isinstance(out, (tuple, list)) else (out,)
+    return tuple(t for t in returned if isinstance(t, Tensor) and t.is_floating_point())

@@ -15,6 +15,11 @@ OPS = (
     "rms_norm",
     "rope",
     "softmax",
+    "fused_linear_cross_entropy",
+    "geglu",
+    "logprobs",
+    "rms_norm",
+    "rope",
     "swiglu",
 )
 
