@@ -9,6 +9,7 @@ from liger_fn.functional.activation.softmax import softmax
 from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
+from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
 from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
+    "fused_linear_logprobs",
     "geglu",
     "layer_norm",
     "logprobs",

@@ -279,27 +279,25 @@ def launch_bwd(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
-    highest: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor | None,
-    dlogp: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
+    kept: tuple[Tensor | None, ...],
+    cotangents: tuple[Tensor | None, ...],
     dlogits: Tensor,
     width: int | None = None,
 ) -> None:
-    """Write dlogits, which may be logits itself; the cotangents may have any strides.
+    """Write dlogits, which may be logits itself, the gradient for `cotangents` of any strides.
 
+    `kept` are highest, log_sum and entropy; the cotangents those of logp, lse and entropy, of which
+    some may be missing.
     dlogits is contiguous but for the stride of its rows, which may be padded to `width` elements:
     these are read and written too.
     """
     V = logits.shape[-1]
     logits = _by_row(logits)
     width = V if width is None else width
-    dlogp, dlse, dentropy = (None if d is None else d.reshape(-1) for d in (dlogp, dlse, dentropy))
+    highest, log_sum, entropy = (unit_stride(t) for t in kept)
+    dlogp, dlse, dentropy = (None if d is None else d.reshape(-1) for d in cotangents)
     _logprobs_bwd_kernel[(target.numel(), cdiv(width, _SLAB))](
-        logits, unit_stride(target.reshape(-1)),
-        unit_stride(highest), unit_stride(log_sum), unit_stride(entropy),
+        logits, unit_stride(target.reshape(-1)), highest, log_sum, entropy,
         dlogp, dlse, dentropy, dlogits,
         logits.stride(0), logits.stride(1), dlogits.stride(-2) if dlogits.dim() > 1 else 0,
         *(0 if d is None else d.stride(0) for d in (dlogp, dlse, dentropy)),
@@ -356,7 +354,7 @@ def logprobs_bwd(
     if has_work(dlogits):
         launch_bwd(
             logits, target, softcap, logit_scale, ignore_index,
-            highest, log_sum, entropy, dlogp, dlse, dentropy, dlogits,
+            (highest, log_sum, entropy), (dlogp, dlse, dentropy), dlogits,
         )  # fmt: skip
     return (dlogits,)
 

@@ -16,6 +16,7 @@ OPS = (
     "rope",
     "softmax",
     "fused_linear_cross_entropy",
+    "fused_linear_logprobs",
     "geglu",
     "logprobs",
     "rms_norm",

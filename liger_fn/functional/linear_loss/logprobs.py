@@ -1,0 +1,257 @@
+"""Log-probabilities of tokens under a linear head, C rows of logits at a time.
+
+    logits = x · weightᵀ + bias         logp, lse, H, top1 = logprobs(logits, y)
+
+    g  = Σ cotangent · ∂/∂logits        dweight = gᵀ · x
+    dx = g · weight                     dbias   = Σ_rows g
+
+Every row has upstream gradients of its own, which are known only in the backward pass: it makes the
+logits again, and the kernel of loss/logprobs.py writes g over them. 2·N·H·V operations forward,
+6·N·H·V backward. Kept are x, weight, y and 8 bytes a row, 12 with the entropy.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from liger_fn.functional.core import check
+from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.launch import has_work
+from liger_fn.functional.linear_loss.cross_entropy import (
+    _chunks,
+    _dtype_inside,
+    _dtypes_as_given,
+    _pull_back,
+)
+from liger_fn.functional.loss.cross_entropy import check_target
+from liger_fn.functional.loss.logprobs import (
+    LogProbs,
+    asked_for,
+    check_classes,
+    check_options,
+    launch_bwd,
+    launch_fwd,
+    new_rows,
+    reference_rows,
+    tempered,
+)
+
+
+def reference(
+    weight: Tensor,
+    x: Tensor,
+    y: Tensor,
+    chunk_size: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    lse: bool = False,
+    entropy: bool = False,
+    top1: bool = False,
+) -> Tensor | LogProbs:
+    scale, cap = tempered(logit_scale, softcap, temperature)
+    rows = reference_of_rows(
+        weight, x, y, bias, chunk_size, cap, scale, ignore_index, entropy, top1
+    )
+    return asked_for(rows, lse, entropy, top1)
+
+
+def reference_of_rows(
+    weight: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    with_entropy: bool,
+    with_top1: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    logits = F.linear(x, weight, bias)
+    return reference_rows(logits, y, softcap, logit_scale, ignore_index, with_entropy, with_top1)
+
+
+def _flat(*ts: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.reshape(-1) for t in ts)
+
+
+def _of_chunk(ts: tuple[Tensor | None, ...], rows: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t[rows] for t in ts)
+
+
+def fused_linear_logprobs_fwd(
+    weight: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    with_entropy: bool,
+    with_top1: bool,
+) -> tuple[Tensor | None, ...]:
+    of_all = new_rows(x, y.shape, with_entropy, with_top1)
+
+    if has_work(of_all[0]):
+        x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+        flat = _flat(*of_all)
+        with _dtypes_as_given(x.device):
+            for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+                launch_fwd(
+                    logits, y[rows], softcap, logit_scale, ignore_index,
+                    _of_chunk(flat, rows), width,
+                )  # fmt: skip
+    return of_all
+
+
+def fused_linear_logprobs_bwd(
+    weight: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    chunk_size: int | None,
+    entropy: Tensor | None,
+    highest: Tensor,
+    log_sum: Tensor,
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    dtop1: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    with_entropy: bool,
+    with_top1: bool,
+    need_dweight: bool,
+    need_dx: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # The sum over no rows is 0; other sums are written before they are read.
+    make = x.new_empty if has_work(y) else x.new_zeros
+    dweight = make(weight.shape, dtype=log_sum.dtype) if need_dweight else None
+    dx = make(x.shape) if need_dx else None
+    dbias = make(weight.shape[:1], dtype=log_sum.dtype) if need_dbias else None
+
+    if has_work(y):
+        x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+        each_dx = None if dx is None else dx.view(x.shape)
+        kept, cotangents = _flat(highest, log_sum, entropy), _flat(dlogp, dlse, dentropy)
+        with _dtypes_as_given(x.device):
+            for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+                launch_bwd(
+                    logits, y[rows], softcap, logit_scale, ignore_index,
+                    _of_chunk(kept, rows), _of_chunk(cotangents, rows), logits, width,
+                )  # fmt: skip
+                _pull_back(logits, weight, x, rows, dweight, each_dx, dbias)
+    return (
+        None if dweight is None else dweight.to(x.dtype),
+        dx,
+        None if dbias is None else dbias.to(x.dtype),
+    )
+
+
+_fused_linear_logprobs = custom_vjp(
+    "fused_linear_logprobs",
+    reference=reference_of_rows,
+    fwd=fused_linear_logprobs_fwd,
+    bwd=fused_linear_logprobs_bwd,
+    results="logp lse entropy top1",
+    residuals="highest log_sum",
+    grads="weight x bias",
+    rows="x y logp lse entropy top1 highest log_sum",
+    autocast="weight x bias",
+)
+
+
+def _check_factor(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    check.floating(op, name, t)
+    if t.dtype is not x.dtype and _dtype_inside(t) is not _dtype_inside(x):
+        check.fail(op, name, f"have the dtype of `x`, {x.dtype}", t.dtype, TypeError)
+    check.device(op, name, t, x, "x")
+
+
+def check_head(
+    op: str, weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, chunk_size: int | None
+) -> None:
+    """Check a linear head, its inputs and targets, and how many rows it takes at once."""
+    check.floating(op, "x", x)
+    check.at_least_1d(op, "x", x)
+    _check_factor(op, "weight", weight, x)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        shape = check.spell(weight.shape)
+        check.fail(op, "weight", "have shape (V, H) with at least one class", shape)
+    V = weight.shape[0]
+    check.shape(op, "weight", weight, (V, x.shape[-1]), "(V, H) with the last size of `x`")
+    check_target(op, "y", y, x, "x")
+    if bias is not None:
+        _check_factor(op, "bias", bias, x)
+        check.shape(op, "bias", bias, (V,), "one per class")
+    if chunk_size is not None:
+        positive = isinstance(chunk_size, (int, torch.SymInt)) and chunk_size > 0
+        check.number(op, "chunk_size", chunk_size, "be a positive integer, or None", positive)
+
+
+def fused_linear_logprobs(
+    weight: Tensor,
+    x: Tensor,
+    y: Tensor,
+    chunk_size: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    lse: bool = False,
+    entropy: bool = False,
+    top1: bool = False,
+) -> Tensor | LogProbs:
+    """Compute the log-probability of each target under a linear head without holding its logits.
+
+        logp = logprobs(x · weightᵀ + bias, y)
+
+    Any loss that is a function of log-probabilities follows, `functional.preference` has those of
+    the trainers: losses of log-probabilities need no kernels of their own.
+
+    Args:
+        weight: (V, H), floating point: the head, as torch.nn.Linear holds it.
+        x: (..., H), the dtype of weight (under autocast all are cast as F.linear casts them).
+        y: (...), any integer dtype: the targets. A target outside [0, V) that is not ignore_index
+            makes its logp and the gradients NaN.
+        chunk_size: rows of logits held at once; None: as many as fit in 1 GiB, or in the bytes of
+            weight if that is more, in equal chunks. Results agree for every size up to rounding.
+        bias: (V,), the dtype of weight; None: no bias.
+        temperature, logit_scale, softcap, ignore_index, lse, entropy, top1: as in `logprobs`; all
+            apply after the bias.
+
+    Returns:
+        logp (...), in float32 (float64 for float64 x), or LogProbs(logp, lse, entropy, top1) if
+        more is asked for. All but top1 can be differentiated, with any upstream gradients.
+
+    Raises:
+        TypeError: weight, x or bias is not floating point, their dtypes differ, y is not of an
+            integer dtype, an option is no number.
+        ValueError: a shape or device does not fit, an option is out of its range.
+        NotImplementedError: top1 of more than 2^24 classes.
+
+    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
+        all else, and the sum over rows that dweight is, is float32 (float64 for float64 x).
+    Memory: one buffer of chunk_size · V logits while a pass runs. weight, x, y and 8 bytes a row
+        (12 with the entropy) live until the backward pass, which makes the logits again. The
+        reference, which is what runs on a CPU, holds all logits.
+    Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
+    """
+    op = "fused_linear_logprobs"
+    check_head(op, weight, x, y, bias, chunk_size)
+    check_options(op, temperature, logit_scale, softcap, ignore_index)
+    check_classes(op, "weight", weight.shape[0], x.dtype, top1)
+    scale, cap = tempered(logit_scale, softcap, temperature)
+    rows = _fused_linear_logprobs(
+        weight, x, y, bias, chunk_size, cap, scale, ignore_index, bool(entropy), bool(top1)
+    )
+    return asked_for(rows, lse, entropy, top1)
