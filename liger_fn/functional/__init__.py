@@ -2,6 +2,8 @@
 
 Sizes: B batch, T tokens, N rows, D features, F MLP width, V vocabulary, H heads (or hidden size
 beside V), K key-value heads, C head width (or rows per chunk beside V), R rotated features.
+
+Losses of log-probabilities (DPO, KTO, GRPO and their kin) are in `liger_fn.functional.preference`.
 """
 
 from liger_fn.functional.activation.geglu import geglu
