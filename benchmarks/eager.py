@@ -50,6 +50,24 @@ def softmax(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0) -> Ten
     if mask is not None:
         z = z.masked_fill(~mask, torch.finfo(z.dtype).min)
     return F.softmax(z, dim=-1, dtype=torch.float32).to(x.dtype)
+def gated_activation(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """GptOssExperts' `_apply_gate`."""
+    gate, up = (gate[..., ::2], gate[..., 1::2]) if interleaved else halves(gate, up)
+    gate = gate.clamp(min=None, max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + up_offset) * (gate * torch.sigmoid(gate * alpha))
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return torch.square(F.relu(x))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

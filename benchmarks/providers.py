@@ -185,6 +185,10 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def relu_squared(self):
+        from liger_kernel.transformers.functional import liger_relu_squared
+
+        return lambda x: liger_relu_squared(x)
 
     def rope(self):
         from liger_kernel.transformers.functional import liger_rope

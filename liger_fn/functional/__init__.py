@@ -6,8 +6,10 @@ beside V), K key-value heads, C head width (or rows per chunk beside V), R rotat
 Losses of log-probabilities (DPO, KTO, GRPO and their kin) are in `liger_fn.functional.preference`.
 """
 
+from liger_fn.functional.activation.gated_activation import gated_activation
 from liger_fn.functional.activation.geglu import geglu
 from liger_fn.functional.activation.softmax import softmax
+from liger_fn.functional.activation.relu_squared import relu_squared
 from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
@@ -24,9 +26,11 @@ __all__ = [
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
+    "gated_activation",
     "geglu",
     "layer_norm",
     "logprobs",
+    "relu_squared",
     "rms_norm",
     "rope",
     "softmax",

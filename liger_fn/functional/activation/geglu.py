@@ -11,11 +11,11 @@ traffic in bytes per element of a 2-byte y: 6 forward, 10 backward; gate and up 
 import torch
 from torch import Tensor
 
-from liger_fn.functional.activation.glu import check_glu, glu_bwd, glu_fwd, halves
+from liger_fn.functional.activation.glu import check_glu, gating, glu_bwd, glu_fwd, halves
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 
-_ACTIVATIONS = {"tanh": "gelu_tanh", "none": "gelu_erf"}
+_UNITS = {"tanh": gating("gelu_tanh"), "none": gating("gelu_erf")}
 
 
 def reference(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
@@ -24,7 +24,7 @@ def reference(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tan
 
 
 def geglu_fwd(gate: Tensor, up: Tensor | None, approximate: str) -> tuple[Tensor]:
-    return glu_fwd(gate, up, _ACTIVATIONS[approximate])
+    return glu_fwd(gate, up, _UNITS[approximate])
 
 
 def geglu_bwd(
@@ -35,7 +35,7 @@ def geglu_bwd(
     need_dgate: bool,
     need_dup: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    return glu_bwd(gate, up, dy, _ACTIVATIONS[approximate], need_dgate, need_dup)
+    return glu_bwd(gate, up, dy, _UNITS[approximate], need_dgate, need_dup)
 
 
 _geglu = custom_vjp(

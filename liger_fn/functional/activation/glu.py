@@ -1,15 +1,19 @@
-"""The kernels of all gated linear units: elementwise, with the activation as a constant.
+"""The kernels of all gated linear units: elementwise, with activation and options as constants.
 
-    y     = act(gate) · up
-    dgate = dy · up · act′(gate)          dup = dy · act(gate)
+    g = gate_scale · gate                 y     = scale · act(g) · u          u = up + up_offset
+    dgate = dy · scale · u · act′(g) · gate_scale
+    dup   = dy · scale · act(g)
 
-`act` is silu, or gelu in its tanh or erf form. Memory traffic in bytes per element of a 2-byte y:
-6 forward (read gate and up, write y), 10 backward (read gate, up and dy, write dgate and dup). Only
-gate and up are kept: the activation is computed again, for arithmetic is free beside the memory.
+`act` is one of `ACTIVATIONS`; `g` or `act(g)` may be bounded from above and `up` on both sides, and
+gradients vanish beyond a bound. Memory traffic in bytes per element of a 2-byte y: 6 forward (read
+gate and up, write y), 10 backward (read gate, up and dy, write dgate and dup). Only gate and up are
+kept: the activation is computed again, for arithmetic is free beside the memory.
 
-`gate` may be packed, (..., 2F): gate first, then up. Both are read where they lie, and the backward
-pass writes one packed gradient.
+`gate` may be packed, (..., 2F): gate first, then up, or both in turns. They are read where they
+lie, and the backward pass writes one packed gradient.
 """
+
+from typing import Any
 
 from torch import Tensor
 
@@ -52,21 +56,70 @@ def _cdf_erf(x):
     return 0.5 * (1.0 + tl.erf(x * SQRT_HALF)), ONE_OVER_SQRT_2_PI * tl.exp(-0.5 * x * x)
 
 
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "sigmoid", "linear")
+
+
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """Give act(x) = x · s(x), and its derivative s(x) + x · s′(x)."""
-    if ACTIVATION == "silu":
-        s = _sigmoid(x)
-        ds = s * (1.0 - s)
-    elif ACTIVATION == "gelu_tanh":
-        s, ds = _cdf_tanh(x)
+def activate(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """Give act(x), and its derivative; silu is x · σ(alpha · x)."""
+    if ACTIVATION == "linear":
+        act, dact = x, tl.full(x.shape, 1.0, x.dtype)
+    elif ACTIVATION == "relu":
+        # Compared so that NaN stays NaN.
+        act, dact = tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0).to(x.dtype)
+    elif ACTIVATION == "relu_squared":
+        relu = tl.where(x < 0.0, 0.0, x)
+        act, dact = relu * relu, 2.0 * relu
+    elif ACTIVATION == "sigmoid":
+        act = _sigmoid(x)
+        dact = act * (1.0 - act)
     else:
-        s, ds = _cdf_erf(x)
-    return x * s, s + x * ds
+        if ACTIVATION == "silu":
+            s = _sigmoid(ALPHA * x)
+            ds = ALPHA * s * (1.0 - s)
+        elif ACTIVATION == "gelu_tanh":
+            s, ds = _cdf_tanh(x)
+        else:
+            s, ds = _cdf_erf(x)
+        act, dact = x * s, s + x * ds
+    return act, dact
 
 
 @triton.jit
-def _tile(N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+def _bounded_above(x, dx, LIMIT: tl.constexpr):
+    """Give min(x, limit), and the derivative of that where dx is the derivative of x."""
+    return tl.where(x > LIMIT, LIMIT, x), tl.where(x > LIMIT, 0.0, dx)
+
+
+@triton.jit
+def _activated_gate(
+    gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, GATE_SCALE: tl.constexpr,
+    LIMIT: tl.constexpr, LIMIT_ACTIVATED: tl.constexpr,
+):  # fmt: skip
+    """Give the bounded activation of a gate, and its derivative."""
+    g = gate * GATE_SCALE
+    dg = tl.full(gate.shape, GATE_SCALE, gate.dtype)
+    if LIMIT is not None and not LIMIT_ACTIVATED:
+        g, dg = _bounded_above(g, dg, LIMIT)
+    act, dact = activate(g, ACTIVATION, ALPHA)
+    dact *= dg
+    if LIMIT is not None and LIMIT_ACTIVATED:
+        act, dact = _bounded_above(act, dact, LIMIT)
+    return act, dact
+
+
+@triton.jit
+def _factor(up, UP_OFFSET: tl.constexpr, SCALE: tl.constexpr, LIMIT: tl.constexpr):
+    """Give what multiplies the activated gate, and its derivative."""
+    slope = tl.full(up.shape, SCALE, up.dtype)
+    if LIMIT is not None:
+        slope = tl.where(tl.abs(up) > LIMIT, 0.0, slope)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return (up + UP_OFFSET) * SCALE, slope
+
+
+@triton.jit
+def tile(N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     """Give the rows and columns of this program; neighbours share rows: streams are long."""
     tiles = tl.cdiv(F, BLOCK_F)
     program = tl.program_id(0)
@@ -75,45 +128,102 @@ def _tile(N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     return row[:, None], col[None, :], (row < N)[:, None] & (col < F)[None, :]
 
 
+@triton.jit
+def _load_gate_and_up(
+    gate_ptr, up_ptr, gate_stride_n, up_stride_n, N, F,
+    PACKED: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    if INTERLEAVED:
+        row, col, inside = tile(N, 2 * F, BLOCK_N, 2 * BLOCK_F)
+        pairs = tl.load(gate_ptr + row * gate_stride_n + col, mask=inside, other=0.0)
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_N, BLOCK_F, 2)))
+    else:
+        row, col, inside = tile(N, F, BLOCK_N, BLOCK_F)
+        if PACKED:
+            up_ptr += F
+        gate = tl.load(gate_ptr + row * gate_stride_n + col, mask=inside, other=0.0)
+        up = tl.load(up_ptr + row * up_stride_n + col, mask=inside, other=0.0)
+    return gate.to(COMPUTE), up.to(COMPUTE)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, gate_stride_n, up_stride_n, N, F,
-    ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, GATE_SCALE: tl.constexpr, SCALE: tl.constexpr,
+    UP_OFFSET: tl.constexpr, LIMIT: tl.constexpr, LIMIT_ACTIVATED: tl.constexpr,
+    PACKED: tl.constexpr, INTERLEAVED: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    if PACKED:
-        up_ptr += F
-    row, col, inside = _tile(N, F, BLOCK_N, BLOCK_F)
-    gate = tl.load(gate_ptr + row * gate_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
-    up = tl.load(up_ptr + row * up_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+    gate, up = _load_gate_and_up(
+        gate_ptr, up_ptr, gate_stride_n, up_stride_n, N, F,
+        PACKED, INTERLEAVED, COMPUTE, BLOCK_N, BLOCK_F,
+    )  # fmt: skip
 
-    act, _ = _activate(gate, ACTIVATION)
+    act, _ = _activated_gate(gate, ACTIVATION, ALPHA, GATE_SCALE, LIMIT, LIMIT_ACTIVATED)
+    factor, _ = _factor(up, UP_OFFSET, SCALE, LIMIT)
 
-    tl.store(y_ptr + row * F + col, act * up, mask=inside)
+    row, col, inside = tile(N, F, BLOCK_N, BLOCK_F)
+    tl.store(y_ptr + row * F + col, act * factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _glu_bwd_kernel(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
     gate_stride_n, up_stride_n, dy_stride_n, dx_stride_n, N, F,
-    ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, GATE_SCALE: tl.constexpr, SCALE: tl.constexpr,
+    UP_OFFSET: tl.constexpr, LIMIT: tl.constexpr, LIMIT_ACTIVATED: tl.constexpr,
+    PACKED: tl.constexpr, INTERLEAVED: tl.constexpr,
     NEED_DGATE: tl.constexpr, NEED_DUP: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    if PACKED:
-        up_ptr += F
-        dup_ptr += F
-    row, col, inside = _tile(N, F, BLOCK_N, BLOCK_F)
-    gate = tl.load(gate_ptr + row * gate_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+    # A load whose value is not used is left out by the compiler.
+    gate, up = _load_gate_and_up(
+        gate_ptr, up_ptr, gate_stride_n, up_stride_n, N, F,
+        PACKED, INTERLEAVED, COMPUTE, BLOCK_N, BLOCK_F,
+    )  # fmt: skip
+    row, col, inside = tile(N, F, BLOCK_N, BLOCK_F)
     dy = tl.load(dy_ptr + row * dy_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
 
-    act, dact = _activate(gate, ACTIVATION)
+    act, dact = _activated_gate(gate, ACTIVATION, ALPHA, GATE_SCALE, LIMIT, LIMIT_ACTIVATED)
+    factor, dfactor = _factor(up, UP_OFFSET, SCALE, LIMIT)
+    dgate, dup = dy * factor * dact, dy * act * dfactor
 
-    if NEED_DGATE:
-        up = tl.load(up_ptr + row * up_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
-        tl.store(dgate_ptr + row * dx_stride_n + col, dy * up * dact, mask=inside)
-    if NEED_DUP:
-        tl.store(dup_ptr + row * dx_stride_n + col, dy * act, mask=inside)
+    if INTERLEAVED:
+        pairs = tl.interleave(dgate, dup).to(dgate_ptr.dtype.element_ty)
+        row, col, inside = tile(N, 2 * F, BLOCK_N, 2 * BLOCK_F)
+        tl.store(dgate_ptr + row * dx_stride_n + col, pairs, mask=inside)
+    else:
+        if PACKED:
+            dup_ptr += F
+        if NEED_DGATE:
+            tl.store(dgate_ptr + row * dx_stride_n + col, dgate, mask=inside)
+        if NEED_DUP:
+            tl.store(dup_ptr + row * dx_stride_n + col, dup, mask=inside)
+
+
+def gating(
+    activation: str,
+    *,
+    alpha: float = 1.0,
+    gate_scale: float = 1.0,
+    scale: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    limit_activated: bool = False,
+    interleaved: bool = False,
+) -> dict[str, Any]:
+    """The constants of the kernels: which unit they compute, and how gate and up are packed."""
+    return {
+        "ACTIVATION": activation,
+        "ALPHA": alpha,
+        "GATE_SCALE": gate_scale,
+        "SCALE": scale,
+        "UP_OFFSET": up_offset,
+        "LIMIT": limit,
+        "LIMIT_ACTIVATED": limit_activated,
+        "INTERLEAVED": interleaved,
+    }
 
 
 def _glu_config(F: int) -> dict:
@@ -129,7 +239,8 @@ def _grid(N: int, F: int, config: dict) -> tuple[int]:
     return (cdiv(N, config["BLOCK_N"]) * cdiv(F, config["BLOCK_F"]),)
 
 
-def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor]:
+def glu_fwd(gate: Tensor, up: Tensor | None, unit: dict[str, Any]) -> tuple[Tensor]:
+    """Launch the forward pass of the unit that `gating` describes."""
     packed = up is None
     y = gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2)) if packed else dense_like(gate)
 
@@ -141,7 +252,7 @@ def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor]:
         launch(
             _glu_fwd_kernel, _grid(N, F, config),
             gate, up, y, gate.stride(0), up.stride(0), N, F,
-            ACTIVATION=activation, PACKED=packed,
+            PACKED=packed, **unit,
             COMPUTE=triton_dtype(accumulator(y.dtype)), **config,
         )  # fmt: skip
     return (y,)
@@ -151,10 +262,11 @@ def glu_bwd(
     gate: Tensor,
     up: Tensor | None,
     dy: Tensor,
-    activation: str,
+    unit: dict[str, Any],
     need_dgate: bool,
     need_dup: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the backward pass of the unit that `gating` describes."""
     packed = up is None
     dgate = dense_like(gate) if need_dgate else None
     dup = dense_like(up) if need_dup else None
@@ -168,16 +280,19 @@ def glu_bwd(
             _glu_bwd_kernel, _grid(N, F, config),
             gate, up, dy, dgate, dgate if packed else dup,
             gate.stride(0), up.stride(0), dy.stride(0), 2 * F if packed else F, N, F,
-            ACTIVATION=activation, PACKED=packed,
+            PACKED=packed, **unit,
             NEED_DGATE=need_dgate, NEED_DUP=need_dup or packed,
             COMPUTE=triton_dtype(accumulator(dy.dtype)), **config,
         )  # fmt: skip
     return dgate, dup
 
 
-def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def halves(gate: Tensor, up: Tensor | None, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """Give gate and up in the type of the arithmetic, whether packed or not."""
-    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    if up is None and interleaved:
+        gate, up = gate[..., ::2], gate[..., 1::2]
+    elif up is None:
+        gate, up = gate.chunk(2, -1)
     compute = accumulator(gate.dtype)
     return gate.to(compute), up.to(compute)
 

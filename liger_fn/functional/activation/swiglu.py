@@ -10,8 +10,10 @@ Memory traffic in bytes per element of a 2-byte y: 6 forward, 10 backward; gate 
 import torch
 from torch import Tensor
 
-from liger_fn.functional.activation.glu import check_glu, glu_bwd, glu_fwd, halves
+from liger_fn.functional.activation.glu import check_glu, gating, glu_bwd, glu_fwd, halves
 from liger_fn.functional.core.custom_vjp import custom_vjp
+
+_SILU = gating("silu")
 
 
 def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -20,13 +22,13 @@ def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
-    return glu_fwd(gate, up, "silu")
+    return glu_fwd(gate, up, _SILU)
 
 
 def swiglu_bwd(
     gate: Tensor, up: Tensor | None, dy: Tensor, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    return glu_bwd(gate, up, dy, "silu", need_dgate, need_dup)
+    return glu_bwd(gate, up, dy, _SILU, need_dgate, need_dup)
 
 
 _swiglu = custom_vjp(

@@ -1,6 +1,8 @@
 """What the specs of the gated linear units share."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -118,39 +120,29 @@ def errors(op: str) -> tuple[BadCall, ...]:
     )
 
 
-def kernels(*activations: str) -> list[Compilation]:
-    sizes = dict.fromkeys(("N", "F"), "i32")
-    out = []
-    for activation in activations:
-        for F in (96, 14336):
-            config = glu._glu_config(F)
-            warps = config.pop("num_warps")
-            flags = {"ACTIVATION": activation, "PACKED": F == 96, "COMPUTE": tl.float32, **config}
-            pointers = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), "*bf16")
-            strides = dict.fromkeys(("gate_stride_n", "up_stride_n"), "i32")
-            out.append(
-                Compilation(
-                    f"fwd-{activation}-{F}",
-                    glu._glu_fwd_kernel,
-                    pointers | strides | sizes,
-                    flags,
-                    warps,
-                )
-            )
-            pointers = dict.fromkeys(
-                ("gate_ptr", "up_ptr", "dy_ptr", "dgate_ptr", "dup_ptr"), "*bf16"
-            )
-            strides |= dict.fromkeys(("dy_stride_n", "dx_stride_n"), "i32")
-            out.append(
-                Compilation(
-                    f"bwd-{activation}-{F}",
-                    glu._glu_bwd_kernel,
-                    pointers | strides | sizes,
-                    {**flags, "NEED_DGATE": True, "NEED_DUP": True},
-                    warps,
-                )
-            )
-    return out
+def kernels(*units: dict) -> list[Compilation]:
+    """Both passes of units that `glu.gating` describes: narrow and packed, and wide."""
+    return [
+        compilation(unit, F, passed) for unit in units for F in (96, 14336) for passed in PASSES
+    ]
+
+
+PASSES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "fwd": (glu._glu_fwd_kernel, {}),
+    "bwd": (glu._glu_bwd_kernel, {"NEED_DGATE": True, "NEED_DUP": True}),
+}
+
+
+def compilation(unit: dict, F: int, passed: str) -> Compilation:
+    kernel, needs = PASSES[passed]
+    packed = F == 96 or unit["INTERLEAVED"]
+    constants = {**unit, "PACKED": packed, "COMPUTE": tl.float32, **needs, **glu._glu_config(F)}
+    warps = constants.pop("num_warps")
+    runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
+    signature = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in runtime}
+    turns = "-interleaved" if unit["INTERLEAVED"] else ""
+    name = f"{passed}-{unit['ACTIVATION']}{turns}-{F}"
+    return Compilation(name, kernel, signature, constants, warps)
 
 
 def launches() -> tuple[Launch, ...]:

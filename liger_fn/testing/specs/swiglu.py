@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from liger_fn.functional import swiglu
 from liger_fn.functional.activation import swiglu as room
+from liger_fn.functional.activation.glu import gating
 from liger_fn.testing.spec import OpSpec
 from liger_fn.testing.specs import glu
 
@@ -20,7 +21,7 @@ SPEC = OpSpec(
     ),
     sizes=glu.sizes(),
     errors=glu.errors("swiglu"),
-    kernels=lambda: glu.kernels("silu"),
+    kernels=lambda: glu.kernels(gating("silu")),
     benchmarks=glu.benchmarks(),
     launches=glu.launches(),
     huge=glu.huge(),
