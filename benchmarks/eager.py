@@ -100,6 +100,30 @@ def fused_linear_cross_entropy(
     return cross_entropy(F.linear(x, weight, bias), y, **options)
 
 
+def kl_div(
+    input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False
+) -> Tensor:
+    return F.kl_div(input.float(), target.float(), reduction=reduction, log_target=log_target)
+
+
+def jsd(input: Tensor, target: Tensor, *, beta: float = 0.5) -> Tensor:
+    """TRL's `generalized_jsd_loss`, after its log_softmax."""
+    input, target = input.float(), target.float()
+    weights = torch.log(torch.tensor([1 - beta, beta], device=input.device))
+    mixture = torch.logsumexp(torch.stack([input + weights[0], target + weights[1]]), dim=0)
+    to_target = F.kl_div(mixture, target, reduction="none", log_target=True)
+    to_input = F.kl_div(mixture, input, reduction="none", log_target=True)
+    return (beta * to_target + (1 - beta) * to_input).sum() / input.shape[0]
+
+
+def tvd(input: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (input.float() - target.float()).abs().sum(-1).mean()
+
+
+def soft_target_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target.float())
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

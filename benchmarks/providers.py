@@ -120,6 +120,15 @@ class Torch(Provider):
 
         return call
 
+    def kl_div(self):
+        def call(input, target, *, reduction="mean", log_target=False):
+            return F.kl_div(input, target, reduction=reduction, log_target=log_target)
+
+        return call
+
+    def soft_target_cross_entropy(self):
+        return lambda logits, target: F.cross_entropy(logits, target)
+
 
 class Ours(Provider):
     name = "liger_fn"
@@ -185,6 +194,30 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def kl_div(self):
+        from liger_kernel.transformers.functional import liger_kl_div
+
+        def call(input, target, *, reduction="mean", log_target=False):
+            return liger_kl_div(input, target, reduction=reduction, log_target=log_target)
+
+        return call
+
+    def jsd(self):
+        from liger_kernel.transformers.functional import liger_jsd
+
+        def call(input, target, labels=None, *, beta=0.5, ignore_index=-100):
+            return liger_jsd(input, target, labels, beta, ignore_index)
+
+        return call
+
+    def tvd(self):
+        from liger_kernel.transformers.functional import liger_tvd
+
+        def call(input, target, labels=None, *, ignore_index=-100):
+            return liger_tvd(input, target, labels, "batchmean", ignore_index)
+
+        return call
+
     def relu_squared(self):
         from liger_kernel.transformers.functional import liger_relu_squared
 

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+import liger_fn.functional as LF
 import liger_fn.nn as lnn
 
 SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "head_dim": 12}
@@ -180,7 +181,37 @@ def test_fused_linear_cross_entropy_loss_is_linear_then_cross_entropy(options, b
     )
 
 
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "sum", "mean"])
+def test_kl_div_loss_is_torchs(reduction, log_target):
+    x, y = torch.randn(2, 3, 7).log_softmax(-1).unbind()
+    y = y if log_target else y.exp()
+    torch.testing.assert_close(
+        lnn.KLDivLoss(reduction=reduction, log_target=log_target)(x, y),
+        nn.KLDivLoss(reduction=reduction, log_target=log_target)(x, y),
+    )
+
+
+def test_losses_of_two_distributions_are_their_functions():
+    x, y = torch.randn(2, 3, 7).log_softmax(-1).unbind()
+    labels = torch.tensor([0, 9, 2])
+    options = {"ignore_index": 9, "reduction": "sum"}
+    torch.testing.assert_close(
+        lnn.JSDLoss(beta=0.3, **options)(x, y, labels), LF.jsd(x, y, labels, beta=0.3, **options)
+    )
+    torch.testing.assert_close(
+        lnn.TVDLoss(**options)(x.exp(), y.exp(), labels),
+        LF.tvd(x.exp(), y.exp(), labels, **options),
+    )
+    torch.testing.assert_close(
+        lnn.SoftTargetCrossEntropyLoss(label_smoothing=0.1)(x, y.exp()),
+        nn.CrossEntropyLoss(label_smoothing=0.1)(x, y.exp()),
+    )
+
+
 def test_options_show_in_the_repr():
+    assert "beta=0.3" in repr(lnn.JSDLoss(beta=0.3))
+    assert "log_target=True" in repr(lnn.KLDivLoss(log_target=True))
     assert "softcap=30.0" in repr(lnn.CrossEntropyLoss(softcap=30.0))
     assert "cast_before_weight=True" in repr(lnn.RMSNorm(8, cast_before_weight=True))
     assert "offset=1.0" in repr(lnn.FusedAddRMSNorm(8, offset=1.0))

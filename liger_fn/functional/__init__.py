@@ -18,6 +18,10 @@ from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
 from liger_fn.functional.loss.logprobs import logprobs
+from liger_fn.functional.loss.jsd import jsd
+from liger_fn.functional.loss.kl_div import kl_div
+from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
+from liger_fn.functional.loss.tvd import tvd
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 
@@ -34,6 +38,13 @@ __all__ = [
     "rms_norm",
     "rope",
     "softmax",
+    "jsd",
+    "kl_div",
+    "relu_squared",
+    "rms_norm",
+    "rope",
+    "soft_target_cross_entropy",
     "swiglu",
+    "tvd",
     "using",
 ]

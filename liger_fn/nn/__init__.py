@@ -5,6 +5,7 @@ purpose, so a checkpoint of the one loads into the other.
 """
 
 from liger_fn.nn.activation import Softmax
+from liger_fn.nn.divergence import JSDLoss, KLDivLoss, SoftTargetCrossEntropyLoss, TVDLoss
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
@@ -19,5 +20,11 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "Softmax",
+    "JSDLoss",
+    "KLDivLoss",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SoftTargetCrossEntropyLoss",
     "SwiGLUMLP",
+    "TVDLoss",
 ]

@@ -15,7 +15,14 @@ OPS = (
     "rms_norm",
     "rope",
     "softmax",
+    "jsd",
+    "kl_div",
+    "relu_squared",
+    "rms_norm",
+    "rope",
+    "soft_target_cross_entropy",
     "swiglu",
+    "tvd",
 )
 
 
