@@ -50,6 +50,8 @@ def softmax(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0) -> Ten
     if mask is not None:
         z = z.masked_fill(~mask, torch.finfo(z.dtype).min)
     return F.softmax(z, dim=-1, dtype=torch.float32).to(x.dtype)
+
+
 def gated_activation(
     gate: Tensor,
     up: Tensor | None = None,

@@ -101,6 +101,7 @@ class Torch(Provider):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
         return call
+
     def softmax(self):
         return lambda x: torch.softmax(x, -1)
 
@@ -194,6 +195,7 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+
     def kl_div(self):
         from liger_kernel.transformers.functional import liger_kl_div
 
@@ -436,6 +438,7 @@ class Quack(Provider):
             )
 
         return call
+
     def softmax(self):
         from quack import softmax
 

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from liger_fn.functional import fused_linear_cross_entropy
 from liger_fn.functional.linear_loss import cross_entropy as room
+from liger_fn.functional.linear_loss.chunks import Limits
 
 N, H, V = 12, 4, 40
 OPTIONS = (-100, 0.0, 0.0, None, 1.0)
@@ -83,8 +84,8 @@ def test_no_tensor_is_larger_than_the_chunk_or_the_weight(factors):
 def chosen(N, V, H, chunk_size=None, memory_budget=None):
     """The first chunk, the others, and whether they add up in float32."""
     weight = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
-    wide = not room.Limits(chunk_size, memory_budget).two_chunks(N, weight)
-    plan = room.Limits(chunk_size, memory_budget, wide).plan(N, weight)
+    wide = not Limits(chunk_size, memory_budget).two_chunks(N, weight)
+    plan = Limits(chunk_size, memory_budget, wide).plan(N, weight)
     assert sum(s.stop - s.start for s in plan.slices(N)) == N
     return plan.first, plan.rows, wide
 

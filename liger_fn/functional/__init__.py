@@ -8,20 +8,20 @@ Losses of log-probabilities (DPO, KTO, GRPO and their kin) are in `liger_fn.func
 
 from liger_fn.functional.activation.gated_activation import gated_activation
 from liger_fn.functional.activation.geglu import geglu
-from liger_fn.functional.activation.softmax import softmax
 from liger_fn.functional.activation.relu_squared import relu_squared
+from liger_fn.functional.activation.softmax import softmax
 from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
 from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
 from liger_fn.functional.loss.cross_entropy import cross_entropy
-from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
-from liger_fn.functional.norm.layer_norm import layer_norm
-from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.jsd import jsd
 from liger_fn.functional.loss.kl_div import kl_div
+from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
+from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
+from liger_fn.functional.norm.layer_norm import layer_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 
@@ -32,18 +32,15 @@ __all__ = [
     "fused_linear_logprobs",
     "gated_activation",
     "geglu",
+    "jsd",
+    "kl_div",
     "layer_norm",
     "logprobs",
     "relu_squared",
     "rms_norm",
     "rope",
-    "softmax",
-    "jsd",
-    "kl_div",
-    "relu_squared",
-    "rms_norm",
-    "rope",
     "soft_target_cross_entropy",
+    "softmax",
     "swiglu",
     "tvd",
     "using",

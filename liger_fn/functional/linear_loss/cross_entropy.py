@@ -18,15 +18,11 @@ Losses by row have an upstream number each. Forward keeps `lse`, 4 bytes a row, 
 themselves if they fit in the buffer; if not, backward makes them again, another 2·N·H·V operations.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from liger_fn.functional.core import check
@@ -41,10 +37,18 @@ from liger_fn.functional.core.launch import (
     triton,
     unit_stride,
 )
-from liger_fn.functional.core.rules import autocast_dtype
+from liger_fn.functional.linear_loss.chunks import (
+    Limits,
+    Plan,
+    check_head,
+    dtype_inside,
+    dtypes_as_given,
+    logits_of,
+    pull_back,
+    width_of,
+)
 from liger_fn.functional.loss.cross_entropy import (
     check_options,
-    check_target,
     launch_rows,
     reduced,
     reference_rows,
@@ -115,136 +119,6 @@ def _narrowest(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 else dtype
 
 
-_BUFFER_BYTES = 5 << 28
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How N rows are taken: `first` of them, then `rows` at a time."""
-
-    first: int
-    rows: int
-
-    def slices(self, N: int) -> Iterator[slice]:
-        start, stop = 0, self.first
-        while start < N:
-            yield slice(start, stop)
-            start, stop = stop, stop + self.rows
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds a chunk; `wide` says that sums over chunks are held in float32.
-
-    Sums in 16 bits are rounded once a chunk. Of two chunks the first takes 3/8 of the rows: then
-    the error of the sum is √(1 + 3/8) = 1.17 times that of one rounding. More chunks are added in
-    float32, unless the memory that this takes buys a buffer for which two suffice.
-    """
-
-    chunk_size: int | None
-    memory_budget: int | None
-    wide: bool = False
-
-    def plan(self, N: int, weight: Tensor) -> Plan:
-        """Choose the chunks: few large products run at full speed."""
-        if self.chunk_size is not None:
-            most = self.chunk_size
-        else:
-            most, larger = self._most(weight), self._most(weight, with_sums=True)
-            if not self.wide and not _half(most, N) and _half(larger, N):
-                most = larger
-        if most >= N:
-            return Plan(N, N)
-        count = cdiv(N, most)
-        if self.chunk_size is None:
-            share = cdiv(5 * N, 8) if count == 2 else cdiv(N, count)
-            most = min(most, cdiv(share, 128) * 128)
-        return Plan(N - (count - 1) * most, most)
-
-    def one_chunk(self, N: int, weight: Tensor) -> bool:
-        """Say whether one chunk surely holds N rows, which a compiler may not know."""
-        return statically_known_true((self.chunk_size or self._most(weight)) >= N)
-
-    def two_chunks(self, N: int, weight: Tensor) -> bool:
-        """Say whether two chunks surely hold N rows, and err little."""
-        if self.chunk_size is not None:
-            return statically_known_true(2 * self.chunk_size >= N)
-        return statically_known_true(_half(self._most(weight, with_sums=True), N))
-
-    def _most(self, weight: Tensor, with_sums: bool = False) -> int:
-        """Rows in the budget; `with_sums`, in that and the memory that wide sums would take."""
-        V, H = weight.shape
-        if self.memory_budget is None:
-            room = _BUFFER_BYTES + with_sums * V * H * weight.itemsize
-        else:
-            room = self.memory_budget
-        rows = room // (_width(V) * weight.itemsize)
-        # Multiples of 128 rows fill the tiles of the products.
-        return rows // 128 * 128 if rows >= 128 else max(1, rows)
-
-
-def _half(rows: int, N: int) -> bool:
-    """Say whether so many rows and the rest make two chunks whose sum errs at most 1.2 times."""
-    return 25 * rows >= 14 * N
-
-
-@contextlib.contextmanager
-def _dtypes_as_given(device: torch.device) -> Iterator[None]:
-    """Autocast has cast the inputs already, and must not cast the float32 sums."""
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
-
-
-def _width(V: int) -> int:
-    """Columns of memory for V logits: rows that begin on 16 bytes keep products and kernel fast."""
-    return cdiv(V, 16) * 16
-
-
-def _logits(
-    weight: Tensor, x: Tensor, bias: Tensor | None, slices: Iterator[slice], buffer: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Give the logits of each slice of rows; all share one buffer."""
-    for rows in slices:
-        logits = buffer[: rows.stop - rows.start, : weight.shape[0]]
-        if bias is None:
-            torch.mm(x[rows], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x[rows], weight.t(), out=logits)
-        yield rows, logits
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write a · b to out, or add it, in the dtype of out, which may be wider than theirs."""
-    options: dict[str, Any] = {}
-    if a.dtype is not out.dtype and a.is_cuda:
-        options = {"out_dtype": out.dtype}
-    elif a.dtype is not out.dtype:
-        # PyTorch has this product for CUDA alone.
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.addmm(out, a, b, out=out, **options)
-    else:
-        torch.mm(a, b, out=out, **options)
-
-
-def _pull_back(
-    g: Tensor, weight: Tensor, x: Tensor, rows: slice,
-    dweight: Tensor | None, dx: Tensor | None, dbias: Tensor | None,
-) -> None:  # fmt: skip
-    """Write these rows of dx; add their share to dweight and dbias, which the first rows write."""
-    later = rows.start > 0
-    if dx is not None:
-        _product(g, weight, dx[rows])
-    if dweight is not None:
-        _product(g.t(), x[rows], dweight, add=later)
-    if dbias is not None:
-        total = g.sum(0, dtype=dbias.dtype)
-        torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)
-
-
 def fused_linear_cross_entropy_fwd(
     weight: Tensor,
     x: Tensor,
@@ -280,9 +154,9 @@ def fused_linear_cross_entropy_fwd(
     dx = None if unit_dx is None else unit_dx.view(x.shape)
     loss, lse = x.new_empty((2, N), dtype=acc)
     needed = need_dweight or need_dx or need_dbias
-    with _dtypes_as_given(x.device):
-        buffer = x.new_empty((chunks.rows, _width(V)))
-        for rows, logits in _logits(weight, x, bias, chunks.slices(N), buffer):
+    with dtypes_as_given(x.device):
+        buffer = x.new_empty((chunks.rows, width_of(V)))
+        for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
             launch_rows(
                 logits, y[rows], class_weight, lse[rows],
                 ignore_index, label_smoothing, z_loss, softcap, logit_scale,
@@ -290,7 +164,7 @@ def fused_linear_cross_entropy_fwd(
                 dlogits=logits if needed else None,
                 unit=_UNIT.get(x.dtype, 1.0), width=buffer.shape[1],
             )  # fmt: skip
-            _pull_back(logits, weight, x, rows, unit_dweight, dx, unit_dbias)
+            pull_back(logits, weight, x, rows, unit_dweight, dx, unit_dbias)
     return loss.sum(), unit_dweight, unit_dx, unit_dbias
 
 
@@ -395,18 +269,18 @@ def fused_linear_cross_entropy_rows_fwd(
     keep = keep and (need_dweight or need_dx or need_dbias)
     loss = x.new_empty(y.shape, dtype=accumulator(x.dtype))
     lse = torch.empty_like(loss)
-    kept = x.new_empty((*y.shape, _width(V) if keep else 0))
+    kept = x.new_empty((*y.shape, width_of(V) if keep else 0))
 
     if has_work(loss):
         limits = Limits(chunk_size, memory_budget, wide)
         chunks = Plan(N, N) if keep else limits.plan(N, weight)
         x, y = x.reshape(N, H), y.reshape(-1)
         each_loss, each_lse = loss.view(-1), lse.view(-1)
-        buffer = kept.view(N, -1) if keep else x.new_empty((chunks.rows, _width(V)))
+        buffer = kept.view(N, -1) if keep else x.new_empty((chunks.rows, width_of(V)))
         if keep:
             buffer[:, V:] = 0.0
-        with _dtypes_as_given(x.device):
-            for rows, logits in _logits(weight, x, bias, chunks.slices(N), buffer):
+        with dtypes_as_given(x.device):
+            for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
                 launch_rows(
                     logits, y[rows], class_weight, each_lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
@@ -453,9 +327,9 @@ def fused_linear_cross_entropy_rows_bwd(
         is_kept = kept.shape[-1] > 0
         kept = unit_stride(kept).view(N, kept.shape[-1])
         rows_at_once = N if is_kept else chunks.rows
-        buffer = kept if is_kept and donated else x.new_empty((rows_at_once, _width(V)))
-        with _dtypes_as_given(x.device):
-            logits_again = _logits(weight, x, bias, chunks.slices(N), buffer)
+        buffer = kept if is_kept and donated else x.new_empty((rows_at_once, width_of(V)))
+        with dtypes_as_given(x.device):
+            logits_again = logits_of(weight, x, bias, chunks.slices(N), buffer)
             for rows, logits in [(slice(0, N), kept[:, :V])] if is_kept else logits_again:
                 g = buffer[: len(logits), :V]
                 launch_rows(
@@ -463,7 +337,7 @@ def fused_linear_cross_entropy_rows_bwd(
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
                     dloss=dloss[rows], dlogits=g, width=buffer.shape[1],
                 )  # fmt: skip
-                _pull_back(g, weight, x, rows, dweight, each_dx, dbias)
+                pull_back(g, weight, x, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,
@@ -482,12 +356,6 @@ _of_rows = custom_vjp(
     rows="x y loss lse kept",
     autocast="weight x bias",
 )
-
-
-def _dtype_inside(t: Tensor) -> torch.dtype:
-    """The dtype in which the op sees t."""
-    given = autocast_dtype(t.device.type)
-    return t.dtype if given is None or t.dtype is torch.float64 else given
 
 
 def _first_valid(
@@ -519,14 +387,6 @@ def _items(
     if isinstance(num_items, Tensor):
         return num_items.detach().to(x.device, dtype)
     return torch.full((), num_items, device=x.device, dtype=dtype)
-
-
-def _check_factor(name: str, t: Tensor, x: Tensor) -> None:
-    op = "fused_linear_cross_entropy"
-    check.floating(op, name, t)
-    if t.dtype is not x.dtype and _dtype_inside(t) is not _dtype_inside(x):
-        check.fail(op, name, f"have the dtype of `x`, {x.dtype}", t.dtype, TypeError)
-    check.device(op, name, t, x, "x")
 
 
 def fused_linear_cross_entropy(
@@ -594,27 +454,13 @@ def fused_linear_cross_entropy(
         "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024 (gradients made forward).
     """
     op = "fused_linear_cross_entropy"
-    check.floating(op, "x", x)
-    check.at_least_1d(op, "x", x)
-    _check_factor("weight", weight, x)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        shape = check.spell(weight.shape)
-        check.fail(op, "weight", "have shape (V, H) with at least one class", shape)
-    V = weight.shape[0]
-    check.shape(op, "weight", weight, (V, x.shape[-1]), "(V, H) with the last size of `x`")
-    check_target(op, "y", y, x, "x")
-    if bias is not None:
-        _check_factor("bias", bias, x)
-        check.shape(op, "bias", bias, (V,), "one per class")
-    if chunk_size is not None:
-        positive = isinstance(chunk_size, (int, torch.SymInt)) and chunk_size > 0
-        check.number(op, "chunk_size", chunk_size, "be a positive integer, or None", positive)
+    check_head(op, weight, x, y, bias, chunk_size)
     check_options(
-        op, x, "x", V, class_weight, ignore_index, reduction,
+        op, x, "x", weight.shape[0], class_weight, ignore_index, reduction,
         label_smoothing, z_loss, softcap, logit_scale,
     )  # fmt: skip
 
-    inside = _dtype_inside(x)
+    inside = dtype_inside(x)
     if accum_dtype not in (None, _narrowest(inside), accumulator(inside)):
         either = " or ".join(dict.fromkeys(map(str, (_narrowest(inside), accumulator(inside)))))
         check.fail(op, "accum_dtype", f"be {either} for `x` of {inside}, or None", accum_dtype)

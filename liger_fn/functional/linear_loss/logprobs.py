@@ -10,20 +10,19 @@ logits again, and the kernel of loss/logprobs.py writes g over them. 2·N·H·V 
 6·N·H·V backward. Kept are x, weight, y and 8 bytes a row, 12 with the entropy.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import has_work
-from liger_fn.functional.linear_loss.cross_entropy import (
-    _chunks,
-    _dtype_inside,
-    _dtypes_as_given,
-    _pull_back,
+from liger_fn.functional.linear_loss.chunks import (
+    Limits,
+    check_head,
+    dtypes_as_given,
+    logits_of,
+    pull_back,
+    width_of,
 )
-from liger_fn.functional.loss.cross_entropy import check_target
 from liger_fn.functional.loss.logprobs import (
     LogProbs,
     asked_for,
@@ -100,11 +99,13 @@ def fused_linear_logprobs_fwd(
     if has_work(of_all[0]):
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
         flat = _flat(*of_all)
-        with _dtypes_as_given(x.device):
-            for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+        chunks = Limits(chunk_size, None).plan(len(y), weight)
+        buffer = x.new_empty((chunks.rows, width_of(weight.shape[0])))
+        with dtypes_as_given(x.device):
+            for rows, logits in logits_of(weight, x, bias, chunks.slices(len(y)), buffer):
                 launch_fwd(
                     logits, y[rows], softcap, logit_scale, ignore_index,
-                    _of_chunk(flat, rows), width,
+                    _of_chunk(flat, rows), buffer.shape[1],
                 )  # fmt: skip
     return of_all
 
@@ -131,9 +132,11 @@ def fused_linear_logprobs_bwd(
     need_dx: bool,
     need_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    N, limits = y.numel(), Limits(chunk_size, None)
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(y) else x.new_zeros
-    dweight = make(weight.shape, dtype=log_sum.dtype) if need_dweight else None
+    held = x.dtype if limits.two_chunks(N, weight) else log_sum.dtype
+    dweight = make(weight.shape, dtype=held) if need_dweight else None
     dx = make(x.shape) if need_dx else None
     dbias = make(weight.shape[:1], dtype=log_sum.dtype) if need_dbias else None
 
@@ -141,13 +144,15 @@ def fused_linear_logprobs_bwd(
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
         each_dx = None if dx is None else dx.view(x.shape)
         kept, cotangents = _flat(highest, log_sum, entropy), _flat(dlogp, dlse, dentropy)
-        with _dtypes_as_given(x.device):
-            for rows, logits, width in _chunks(weight, x, bias, chunk_size):
+        chunks = Limits(chunk_size, None, wide=held is not x.dtype).plan(N, weight)
+        buffer = x.new_empty((chunks.rows, width_of(weight.shape[0])))
+        with dtypes_as_given(x.device):
+            for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
                 launch_bwd(
                     logits, y[rows], softcap, logit_scale, ignore_index,
-                    _of_chunk(kept, rows), _of_chunk(cotangents, rows), logits, width,
+                    _of_chunk(kept, rows), _of_chunk(cotangents, rows), logits, buffer.shape[1],
                 )  # fmt: skip
-                _pull_back(logits, weight, x, rows, dweight, each_dx, dbias)
+                pull_back(logits, weight, x, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,
@@ -166,34 +171,6 @@ _fused_linear_logprobs = custom_vjp(
     rows="x y logp lse entropy top1 highest log_sum",
     autocast="weight x bias",
 )
-
-
-def _check_factor(op: str, name: str, t: Tensor, x: Tensor) -> None:
-    check.floating(op, name, t)
-    if t.dtype is not x.dtype and _dtype_inside(t) is not _dtype_inside(x):
-        check.fail(op, name, f"have the dtype of `x`, {x.dtype}", t.dtype, TypeError)
-    check.device(op, name, t, x, "x")
-
-
-def check_head(
-    op: str, weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, chunk_size: int | None
-) -> None:
-    """Check a linear head, its inputs and targets, and how many rows it takes at once."""
-    check.floating(op, "x", x)
-    check.at_least_1d(op, "x", x)
-    _check_factor(op, "weight", weight, x)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        shape = check.spell(weight.shape)
-        check.fail(op, "weight", "have shape (V, H) with at least one class", shape)
-    V = weight.shape[0]
-    check.shape(op, "weight", weight, (V, x.shape[-1]), "(V, H) with the last size of `x`")
-    check_target(op, "y", y, x, "x")
-    if bias is not None:
-        _check_factor(op, "bias", bias, x)
-        check.shape(op, "bias", bias, (V,), "one per class")
-    if chunk_size is not None:
-        positive = isinstance(chunk_size, (int, torch.SymInt)) and chunk_size > 0
-        check.number(op, "chunk_size", chunk_size, "be a positive integer, or None", positive)
 
 
 def fused_linear_logprobs(
@@ -223,8 +200,8 @@ def fused_linear_logprobs(
         x: (..., H), the dtype of weight (under autocast all are cast as F.linear casts them).
         y: (...), any integer dtype: the targets. A target outside [0, V) that is not ignore_index
             makes its logp and the gradients NaN.
-        chunk_size: rows of logits held at once; None: as many as fit in 1 GiB, or in the bytes of
-            weight if that is more, in equal chunks. Results agree for every size up to rounding.
+        chunk_size: rows of logits held at once; None: as `fused_linear_cross_entropy` chooses.
+            Results agree for every size up to rounding.
         bias: (V,), the dtype of weight; None: no bias.
         temperature, logit_scale, softcap, ignore_index, lse, entropy, top1: as in `logprobs`; all
             apply after the bias.
@@ -240,7 +217,8 @@ def fused_linear_logprobs(
         NotImplementedError: top1 of more than 2^24 classes.
 
     Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
-        all else, and the sum over rows that dweight is, is float32 (float64 for float64 x).
+        all else is float32 (float64 for float64 x), and the sums over chunks of rows are held as
+        those of `fused_linear_cross_entropy`.
     Memory: one buffer of chunk_size · V logits while a pass runs. weight, x, y and 8 bytes a row
         (12 with the entropy) live until the backward pass, which makes the logits again. The
         reference, which is what runs on a CPU, holds all logits.

@@ -1,0 +1,185 @@
+"""The chunks of a linear head: how many rows of logits at once, and what is done with them.
+
+    logits = x · weightᵀ + bias         dx = g · weight         dweight = gᵀ · x
+
+`logits` and their gradient `g` share one buffer, in the dtype of x. Few large products run at full
+speed, and sums over chunks in 16 bits lose with every chunk: so a chunk is as large as a budget of
+memory allows.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from liger_fn.functional.core import check
+from liger_fn.functional.core.launch import cdiv
+from liger_fn.functional.core.rules import autocast_dtype
+from liger_fn.functional.loss.cross_entropy import check_target
+
+_BUFFER_BYTES = 5 << 28
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How N rows are taken: `first` of them, then `rows` at a time."""
+
+    first: int
+    rows: int
+
+    def slices(self, N: int) -> Iterator[slice]:
+        start, stop = 0, self.first
+        while start < N:
+            yield slice(start, stop)
+            start, stop = stop, stop + self.rows
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a chunk; `wide` says that sums over chunks are held in float32.
+
+    Sums in 16 bits are rounded once a chunk. Of two chunks the first takes 3/8 of the rows: then
+    the error of the sum is √(1 + 3/8) = 1.17 times that of one rounding. More chunks are added in
+    float32, unless the memory that this takes buys a buffer for which two suffice.
+    """
+
+    chunk_size: int | None
+    memory_budget: int | None
+    wide: bool = False
+
+    def plan(self, N: int, weight: Tensor) -> Plan:
+        """Choose the chunks: few large products run at full speed."""
+        if self.chunk_size is not None:
+            most = self.chunk_size
+        else:
+            most, larger = self._most(weight), self._most(weight, with_sums=True)
+            if not self.wide and not _half(most, N) and _half(larger, N):
+                most = larger
+        if most >= N:
+            return Plan(N, N)
+        count = cdiv(N, most)
+        if self.chunk_size is None:
+            share = cdiv(5 * N, 8) if count == 2 else cdiv(N, count)
+            most = min(most, cdiv(share, 128) * 128)
+        return Plan(N - (count - 1) * most, most)
+
+    def one_chunk(self, N: int, weight: Tensor) -> bool:
+        """Say whether one chunk surely holds N rows, which a compiler may not know."""
+        return statically_known_true((self.chunk_size or self._most(weight)) >= N)
+
+    def two_chunks(self, N: int, weight: Tensor) -> bool:
+        """Say whether two chunks surely hold N rows, and err little."""
+        if self.chunk_size is not None:
+            return statically_known_true(2 * self.chunk_size >= N)
+        return statically_known_true(_half(self._most(weight, with_sums=True), N))
+
+    def _most(self, weight: Tensor, with_sums: bool = False) -> int:
+        """Rows in the budget; `with_sums`, in that and the memory that wide sums would take."""
+        V, H = weight.shape
+        if self.memory_budget is None:
+            room = _BUFFER_BYTES + with_sums * V * H * weight.itemsize
+        else:
+            room = self.memory_budget
+        rows = room // (width_of(V) * weight.itemsize)
+        # Multiples of 128 rows fill the tiles of the products.
+        return rows // 128 * 128 if rows >= 128 else max(1, rows)
+
+
+def _half(rows: int, N: int) -> bool:
+    """Say whether so many rows and the rest make two chunks whose sum errs at most 1.2 times."""
+    return 25 * rows >= 14 * N
+
+
+@contextlib.contextmanager
+def dtypes_as_given(device: torch.device) -> Iterator[None]:
+    """Autocast has cast the inputs already, and must not cast the float32 sums."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def width_of(V: int) -> int:
+    """Columns of memory for V logits: rows that begin on 16 bytes keep products and kernel fast."""
+    return cdiv(V, 16) * 16
+
+
+def logits_of(
+    weight: Tensor, x: Tensor, bias: Tensor | None, slices: Iterator[slice], buffer: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Give the logits of each slice of rows; all share one buffer."""
+    for rows in slices:
+        logits = buffer[: rows.stop - rows.start, : weight.shape[0]]
+        if bias is None:
+            torch.mm(x[rows], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x[rows], weight.t(), out=logits)
+        yield rows, logits
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write a · b to out, or add it, in the dtype of out, which may be wider than theirs."""
+    options: dict[str, Any] = {}
+    if a.dtype is not out.dtype and a.is_cuda:
+        options = {"out_dtype": out.dtype}
+    elif a.dtype is not out.dtype:
+        # PyTorch has this product for CUDA alone.
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
+
+
+def pull_back(
+    g: Tensor, weight: Tensor, x: Tensor, rows: slice,
+    dweight: Tensor | None, dx: Tensor | None, dbias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write these rows of dx; add their share to dweight and dbias, which the first rows write."""
+    later = rows.start > 0
+    if dx is not None:
+        _product(g, weight, dx[rows])
+    if dweight is not None:
+        _product(g.t(), x[rows], dweight, add=later)
+    if dbias is not None:
+        total = g.sum(0, dtype=dbias.dtype)
+        torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)
+
+
+def dtype_inside(t: Tensor) -> torch.dtype:
+    """The dtype in which the op sees t."""
+    given = autocast_dtype(t.device.type)
+    return t.dtype if given is None or t.dtype is torch.float64 else given
+
+
+def check_head(
+    op: str, weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, chunk_size: int | None
+) -> None:
+    """Check a linear head, its inputs and targets, and how many rows it takes at once."""
+    check.floating(op, "x", x)
+    check.at_least_1d(op, "x", x)
+    _check_factor(op, "weight", weight, x)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        shape = check.spell(weight.shape)
+        check.fail(op, "weight", "have shape (V, H) with at least one class", shape)
+    V = weight.shape[0]
+    check.shape(op, "weight", weight, (V, x.shape[-1]), "(V, H) with the last size of `x`")
+    check_target(op, "y", y, x, "x")
+    if bias is not None:
+        _check_factor(op, "bias", bias, x)
+        check.shape(op, "bias", bias, (V,), "one per class")
+    if chunk_size is not None:
+        positive = isinstance(chunk_size, (int, torch.SymInt)) and chunk_size > 0
+        check.number(op, "chunk_size", chunk_size, "be a positive integer, or None", positive)
+
+
+def _check_factor(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    check.floating(op, name, t)
+    if t.dtype is not x.dtype and dtype_inside(t) is not dtype_inside(x):
+        check.fail(op, name, f"have the dtype of `x`, {x.dtype}", t.dtype, TypeError)
+    check.device(op, name, t, x, "x")
