@@ -20,8 +20,8 @@ A Python autograd.Function alone would be differentiated by `torch.compile(torch
 without its backward; here the compiler sees one opaque op. In plain eager mode, when nothing
 watches, a call skips the dispatcher altogether and costs what a bare autograd.Function costs.
 
-The private PyTorch names of the package are all in this file, rules.py and backend.py; tests guard
-them.
+The private PyTorch names of the package are all in this file, rules.py, backend.py and direct.py;
+tests guard them.
 """
 
 import contextlib
