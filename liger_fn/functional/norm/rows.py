@@ -213,12 +213,12 @@ def _norm_fwd_wide_kernel(
         tl.store(y_ptr + row * D + col, y, mask=in_d)
 
 
-def _blocks(D: int) -> tuple[int, int]:
+def _blocks(D: int, widest: int = 32768) -> tuple[int, int]:
     """Cover D with equal blocks, powers of two: how wide, and how many.
 
     The widest of which at most a quarter too much is needed, so that few lanes of a tile are empty.
     """
-    block_d = next_power_of_2(D)
+    block_d = min(widest, next_power_of_2(D))
     while block_d > 128 and 4 * block_d * cdiv(D, block_d) > 5 * D:
         block_d //= 2
     return block_d, cdiv(D, block_d)
@@ -489,16 +489,17 @@ def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
     """Sixteen numbers a thread: x̂, g and the share of dweight are live at once, four bytes each.
 
     `per_sm` programs fit on a multiprocessor together; while one adds up a row, the next rows of
-    all of them are on their way.
+    all of them are on their way. Beyond 8192 columns that takes all registers, in blocks of which
+    a thread has few numbers at a time, and the weight is read anew for each row.
     """
     widest = _widest_bwd(itemsize, centred)
     if widest < D:
         return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
-    block_d, pieces = _blocks(D)
+    narrow = D <= 8192
+    block_d, pieces = _blocks(D, 8192 if narrow else 4096)
     width = block_d * pieces
     block_n = min(32, 1 << max(0, (2048 // width).bit_length() - 1))
     num_warps = min(32, max(4, next_power_of_2(block_n * width // 512)))
-    narrow = width <= 8192
     return {
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
