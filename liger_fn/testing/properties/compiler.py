@@ -1,12 +1,14 @@
 """Graphs of the op: torch.compile, torch.export, shapes alone, the dispatcher's own checks."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 import torch._dynamo.testing
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -45,10 +47,15 @@ def compiled(spec, case, device):
 
 @holds_for("first")
 def compiled_by_inductor(spec, case, device):
-    """The same through Inductor, with and without gradients."""
+    """The same through Inductor, with and without gradients, and no copies around the op."""
     call = Call(spec, case, device)
     f = _compiled(loss(call.op()), "inductor")
-    assert_close(_grads_of_loss(f, call), _grads_of_loss(loss(call.reference()), call))
+    # A cache would give back the code of a run in which the op had other strides.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        got, codes = run_and_get_code(_grads_of_loss, f, call)
+    assert_close(got, _grads_of_loss(loss(call.reference()), call))
+    assert all(f"liger_fn.{op.__name__}(" in "".join(codes) for op in forward_ops(call))
+    assert copying_kernels(codes) == []
     with torch.no_grad():
         assert_close(f(*call.tensors()), loss(call.reference())(*call.tensors()))
 
@@ -69,6 +76,15 @@ def compiled_dynamic(spec, case, device):
         assert_close(got, expected)
         compilations.append(counter.frame_count)
     assert len(set(compilations)) == 1, f"compilations after each size: {compilations}"
+
+
+def copying_kernels(codes: Sequence[str]) -> list[str]:
+    """The kernels in Inductor's code that copy: their names say of which operations they are.
+
+    A cast, `_to_copy`, is none of these.
+    """
+    names = re.findall(r"^\s*(\w*_fused_\w+)(?:\.run)?\(", "\n".join(codes), re.MULTILINE)
+    return [name for name in names if re.search("clone|contiguous|(?<!_to)_copy", name)]
 
 
 def _with_rows(call: Call) -> Call:
