@@ -606,6 +606,12 @@ def test_around_combines_what_there_is_and_leaves_out_what_idles_or_spills():
         {"BLOCK_D": 1024, "num_warps": 4},
         {"BLOCK_D": 8192, "num_warps": 4},
     ]
+    two_loops = {"BLOCK_D": 1024, "BLOCK_G": 1024, "num_warps": 4}
+    assert around(num_warps=(4, 8))(two_loops) == []
+    assert around(tile=("BLOCK_D",), num_warps=(4, 8))(two_loops) == [
+        two_loops,
+        two_loops | {"num_warps": 8},
+    ]
 
 
 def test_a_table_of_a_sweep_marks_what_is_far_from_the_best(tmp_path):

@@ -103,27 +103,23 @@ class Launch:
 
 
 def around(
-    per_thread: tuple[int, int] = (4, 64), **choices: Sequence[int]
+    tile: Sequence[str] = (), per_thread: tuple[int, int] = (4, 64), **choices: Sequence[int]
 ) -> Callable[[Config], list[Config]]:
     """Give candidates: every combination of the choices that a configuration has an entry for.
 
-    Those whose tile, the product of BLOCK_* and PIECES, has fewer or more elements a thread than
-    `per_thread` are left out: their threads idle, or spill.
+    Those whose tile has fewer or more elements a thread than `per_thread` are left out: their
+    threads idle, or spill. The entries `tile` span it, or else all BLOCK_* and PIECES.
     """
 
     def candidates(current: Config) -> list[Config]:
         names = [name for name in choices if name in current]
         combinations = product(*(choices[name] for name in names))
         tried = [{**current, **dict(zip(names, values, strict=True))} for values in combinations]
-        low, high = per_thread
-        return [config for config in tried if low <= _elements_a_thread(config) <= high]
+        sides = tile or [n for n in current if n.startswith("BLOCK_") or n == "PIECES"]
+        low, high = (32 * bound for bound in per_thread)
+        return [c for c in tried if low <= prod(c[n] for n in sides) / c["num_warps"] <= high]
 
     return candidates
-
-
-def _elements_a_thread(config: Config) -> float:
-    tile = prod(n for name, n in config.items() if name.startswith("BLOCK_") or name == "PIECES")
-    return tile / (32 * config["num_warps"])
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,11 @@ SPEC = OpSpec(
             room,
             "_cross_entropy_config",
             mode,
-            around(BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32)),
+            around(
+                tile=("BLOCK_V",),
+                BLOCK_V=(1024, 2048, 4096, 8192, 16384),
+                num_warps=(4, 8, 16, 32),
+            ),
         )
         for mode in ("fwd", "bwd")
     ),
