@@ -10,11 +10,25 @@ from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
 from liger_fn.nn.position import RotaryEmbedding
+from liger_fn.nn.preference import (
+    FusedLinearCPOLoss,
+    FusedLinearDPOLoss,
+    FusedLinearGRPOLoss,
+    FusedLinearKTOLoss,
+    FusedLinearORPOLoss,
+    FusedLinearSimPOLoss,
+)
 
 __all__ = [
     "CrossEntropyLoss",
     "FusedAddRMSNorm",
+    "FusedLinearCPOLoss",
     "FusedLinearCrossEntropyLoss",
+    "FusedLinearDPOLoss",
+    "FusedLinearGRPOLoss",
+    "FusedLinearKTOLoss",
+    "FusedLinearORPOLoss",
+    "FusedLinearSimPOLoss",
     "GeGLUMLP",
     "JSDLoss",
     "KLDivLoss",

@@ -7,11 +7,21 @@ They are plain PyTorch, since their tensors are small, (B,) or (B, T): what is l
     chosen, rejected = sequence_logps(logps, y != -100).chunk(2)                  # (B,) each
     loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected)
 
+which is what `fused_linear_dpo` does in one call.
+
 Metrics are detached scalars on the device, by the names that TRL logs; none waits for it.
 """
 
 from liger_fn.functional.preference.cpo import cpo_loss, simpo_loss
 from liger_fn.functional.preference.dpo import dpo_loss
+from liger_fn.functional.preference.fused_linear import (
+    fused_linear_cpo,
+    fused_linear_dpo,
+    fused_linear_grpo,
+    fused_linear_kto,
+    fused_linear_orpo,
+    fused_linear_simpo,
+)
 from liger_fn.functional.preference.grpo import grpo_loss
 from liger_fn.functional.preference.kto import kto_kl, kto_loss
 from liger_fn.functional.preference.orpo import orpo_loss
@@ -38,6 +48,12 @@ from liger_fn.functional.preference.weighting import (
 __all__ = [
     "cpo_loss",
     "dpo_loss",
+    "fused_linear_cpo",
+    "fused_linear_dpo",
+    "fused_linear_grpo",
+    "fused_linear_kto",
+    "fused_linear_orpo",
+    "fused_linear_simpo",
     "group_advantages",
     "grpo_loss",
     "high_entropy_mask",
