@@ -775,6 +775,98 @@ def test_high_entropy_masks_by_hand():
     assert high.tolist() == [[False, False, False], [True, True, True]]
 
 
+# Distillation
+
+
+def distributions(*shape):
+    student, teacher = torch.randn(*shape).requires_grad_(), torch.randn(*shape)
+    return student, student.log_softmax(-1), teacher, teacher.log_softmax(-1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_distillation_is_trls(beta):
+    gkd = trl("trl.experimental.gkd.gkd_trainer").GKDTrainer
+    student, log_p, teacher, log_q = distributions(B, T, 9)
+    mask = draw_mask(B, T)
+    labels = torch.where(mask == 1, 3, -100)
+    for num_items in (None, 17):
+        theirs = gkd.generalized_jsd_loss(
+            student, teacher, labels, beta, num_items_in_batch=num_items
+        )
+        loss = preference.distillation_loss(log_p, log_q, mask, beta=beta, num_items=num_items)
+        assert_same(loss, theirs, student, {}, {})
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tail", [True, False])
+def test_distillation_of_the_likeliest_tokens_is_trls(beta, tail):
+    sdpo = trl("trl.experimental.sdpo.loss_utils")
+    student, log_p, teacher, log_q = distributions(B, T, 9)
+    theirs = sdpo.compute_topk_self_distillation_loss(
+        student, teacher, distillation_topk=3, distillation_alpha=beta, distillation_add_tail=tail
+    )
+    tokens = student.topk(3).indices
+    loss = preference.distillation_loss(
+        log_p.gather(-1, tokens), log_q.gather(-1, tokens), beta=beta, reduction="none",
+        support="tail" if tail else "renormalized",
+    )  # fmt: skip
+    torch.testing.assert_close(loss, theirs, **close)
+    assert_same(loss.sum(), theirs.sum(), student, {}, {})
+
+
+def test_divergences_by_hand():
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.5, 0.5, 0.0])
+
+    def loss(divergence):
+        return preference.distillation_loss(p.log(), q.log(), divergence=divergence).item()
+
+    assert loss("forward_kl") == pytest.approx(0.5 * math.log(2.0))
+    assert loss("reverse_kl") == math.inf
+    assert loss("tvd") == pytest.approx(0.25)
+    # The mixture is (0.5, 0.375, 0.125).
+    of_teacher = 0.5 * math.log(0.5 / 0.375)
+    of_student = 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(0.25 / 0.125)
+    assert loss("jsd") == pytest.approx(0.5 * of_teacher + 0.5 * of_student)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl", "tvd"])
+@pytest.mark.parametrize("support", ["full", "tail", "renormalized"])
+def test_tokens_that_neither_can_say_and_masked_positions_change_nothing(divergence, support):
+    student, _, teacher, _ = distributions(2, 3, 5)
+    kind = {"divergence": divergence, "support": support}
+
+    def answers(impossible: int, elsewhere: float):
+        leaf = F.pad(student.detach(), (0, impossible), value=-math.inf)
+        leaf[1, 2] = elsewhere
+        leaf.requires_grad_()
+        target = F.pad(teacher, (0, impossible), value=-math.inf)
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        loss = preference.distillation_loss(
+            leaf.log_softmax(-1), target.log_softmax(-1), mask, **kind
+        )
+        logps = leaf.log_softmax(-1).detach().requires_grad_()
+        again = preference.distillation_loss(logps, target.log_softmax(-1), mask, **kind)
+        (gradient,) = torch.autograd.grad(again, logps)
+        return loss, gradient[..., :5]
+
+    torch.testing.assert_close(answers(3, math.nan), answers(0, 0.0), **close)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"divergence": "cosine"}, "distillation_loss: `divergence` must be one of 'jsd', "),
+        ({"beta": 1.5}, "`beta` must be between 0 and 1; got 1.5."),
+        ({"support": "top"}, "`support` must be one of 'full', 'tail', 'renormalized'"),
+        ({"mask": torch.ones(3)}, "`mask` must have shape (4,), that of `student_logps` without"),
+    ],
+)
+def test_distillation_refuses(options, sentence):
+    with pytest.raises(ValueError) as error:
+        preference.distillation_loss(draw_logps(4, 5), draw_logps(4, 5), **options)
+    assert sentence in str(error.value)
+
+
 # Sequences, and what holds for all
 
 

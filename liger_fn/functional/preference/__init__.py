@@ -13,6 +13,7 @@ Metrics are detached scalars on the device, by the names that TRL logs; none wai
 """
 
 from liger_fn.functional.preference.cpo import cpo_loss, simpo_loss
+from liger_fn.functional.preference.distillation import distillation_loss
 from liger_fn.functional.preference.dpo import dpo_loss
 from liger_fn.functional.preference.fused_linear import (
     fused_linear_cpo,
@@ -47,6 +48,7 @@ from liger_fn.functional.preference.weighting import (
 
 __all__ = [
     "cpo_loss",
+    "distillation_loss",
     "dpo_loss",
     "fused_linear_cpo",
     "fused_linear_dpo",
