@@ -615,7 +615,7 @@ def test_vespo_with_a_samplers_ratio_by_its_formula():
     total = 0.0
     for i in range(B):
         n = int(mask[i].sum())
-        w = math.exp((logps - old)[i, :n].sum()) * float(ratio[i, :n].prod())
+        w = math.exp((logps.detach() - old)[i, :n].sum()) * float(ratio[i, :n].prod())
         k, rate = (2.0, 3.0) if advantages[i] >= 0 else (3.0, 2.0)
         phi = math.exp(rate) * w**k * math.exp(-rate * w)
         total = total - phi * advantages[i] * logps[i, :n].sum()

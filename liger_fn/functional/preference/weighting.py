@@ -33,8 +33,19 @@ def high_entropy_mask(entropies: Tensor, mask: Tensor, quantile: float) -> Tenso
     Source: Wang et al., "Beyond the 80/20 Rule", 2025.
     """
     entropies = counted("high_entropy_mask", "entropies", entropies.detach(), mask, "mask")
-    of_tokens = entropies.masked_fill(mask == 0, math.nan)
-    return (entropies >= torch.nanquantile(of_tokens, quantile)) & (mask != 0)
+    counts = mask != 0
+    if not entropies.numel():
+        return counts
+    return (entropies >= _quantile(entropies, counts, quantile)) & counts
+
+
+def _quantile(x: Tensor, counts: Tensor, quantile: float) -> Tensor:
+    """torch.quantile of what counts; torch.nanquantile waits for the device in PyTorch 2.11."""
+    ordered = x.masked_fill(~counts, math.inf).reshape(-1).sort().values
+    rank = (counts.sum() - 1).clamp(min=0).to(x.dtype) * quantile
+    # Not by indexing, which would ask the device for the index.
+    below, above = ordered.gather(0, torch.stack([rank.floor(), rank.ceil()]).long())
+    return torch.lerp(below, above, rank - rank.floor())
 
 
 def off_policy_mask(
