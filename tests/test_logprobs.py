@@ -140,3 +140,12 @@ def test_an_entropy_bonus_reaches_the_logits(device):
     log_p = (logits / 0.7).log_softmax(-1)
     by_torch = log_p.gather(-1, target[:, None])[:, 0] * 0.3 - (log_p.exp() * log_p).sum(-1) * 0.01
     torch.testing.assert_close(got, torch.autograd.grad(by_torch.sum(), logits)[0])
+
+
+@pytest.mark.parametrize("where", [0, 3000])
+def test_nan_spoils_its_row(device, where):
+    logits = torch.randn(2, 4100, device=device)
+    logits[0, where] = math.nan
+    rows = logprobs(logits, torch.tensor([1, 1], device=device), lse=True, entropy=True)
+    for r in rows[:3]:
+        assert r.isnan().tolist() == [True, False]

@@ -904,6 +904,38 @@ def test_losses_compose_with_func_and_compile():
     assert metrics["rewards/margins"].shape == ()
 
 
+def test_no_loss_waits_for_the_device():
+    """On meta tensors there is nothing to wait for: asking for a value would fail."""
+
+    def draw(*shape):
+        return torch.empty(*shape, device="meta")
+
+    mask = torch.ones(B, T, device="meta")
+    for loss_type in dpo.LOSSES:
+        preference.dpo_loss(
+            *(draw(B) for _ in range(4)), loss_type=loss_type, nll=draw(()),
+            label_smoothing=SMOOTHED.get(loss_type, 0.0), chosen_lengths=draw(B),
+            rejected_lengths=draw(B),
+        )  # fmt: skip
+    for loss_type in grpo.LOSSES:
+        preference.grpo_loss(
+            draw(B, T), draw(B), mask, old_logps=draw(B, T), ref_logps=draw(B, T), beta=0.1,
+            loss_type=loss_type, entropies=draw(B, T), top_entropy_quantile=0.5, entropy_coef=0.1,
+            importance_sampling_ratio=draw(B, T), sampling_logps=draw(B, T),
+            off_policy_mask_threshold=0.1, max_completion_length=T,
+        )  # fmt: skip
+    preference.orpo_loss(draw(B), draw(B), draw(()))
+    preference.cpo_loss(draw(B), draw(B), draw(()), alpha=0.1)
+    labels = torch.ones(B, dtype=torch.bool, device="meta")
+    kl = preference.kto_kl(draw(B), draw(B))
+    preference.kto_loss(draw(B), draw(B), labels, kl, desirable_weight=1.5)
+    preference.rloo_loss(draw(B), draw(B), preference.rloo_advantages(draw(B), 2))
+    preference.ppo_value_loss(draw(B, T), draw(B, T), draw(B, T), mask)
+    preference.sampling_ratio(draw(B, T), draw(B, T), mask)
+    preference.length_desensitized_logps(draw(B, T), mask, alpha=0.5)
+    preference.distillation_loss(draw(B, T, 9), draw(B, T, 9), mask, support="tail")
+
+
 def test_grpo_is_one_graph():
     logps, old, ref, advantages, mask = grpo_batch()
 

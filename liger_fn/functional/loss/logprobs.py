@@ -123,6 +123,12 @@ def _times_slope(dz, z, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
+def _product_or_0(e, d):
+    """e · d, and 0 where e is 0, for d may be −∞ there."""
+    return tl.where(e > 0.0, e * d, 0.0)
+
+
+@triton.jit
 def _logprobs_fwd_kernel(
     logits_ptr, target_ptr,
     logp_ptr, lse_ptr, entropy_ptr, top1_ptr, highest_ptr, log_sum_ptr,
@@ -137,33 +143,40 @@ def _logprobs_fwd_kernel(
     known = (t >= 0) & (t < V)
     x_t = tl.load(logits_ptr + tl.where(known, t, 0), mask=live, other=0.0).to(COMPUTE)
 
-    # Each lane keeps a maximum, and sums relative to it: one exponential an element, and no lane
-    # waits for another before the end of the row.
-    block = tl.arange(0, BLOCK_V)
-    top = tl.full((BLOCK_V,), LOWEST, COMPUTE)
-    where = block
-    sums = tl.zeros((BLOCK_V,), COMPUTE)
-    moments = tl.zeros((BLOCK_V,), COMPUTE)
+    # A lane reads 16 bytes of 2-byte logits at a time, and keeps a maximum and sums relative to it:
+    # no lane waits for another before the end of the row.
+    lane = tl.arange(0, BLOCK_V // 8)
+    block = lane[:, None] * 8 + tl.arange(0, 8)[None, :]
+    top = tl.full((BLOCK_V // 8,), LOWEST, COMPUTE)
+    where = lane * 8
+    sums = tl.zeros((BLOCK_V // 8,), COMPUTE)
+    moments = tl.zeros((BLOCK_V // 8,), COMPUTE)
     for start in range(0, tl.where(live, V, 0), BLOCK_V):
         col = start + block
         x = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
         z = tl.where(col < V, _scaled_and_capped(x, SCALE, CAP), float("-inf"))
-        d = z - top
-        e = tl.exp(-tl.abs(d))
-        higher = z > top
+        if TOP1:
+            peak, at = tl.max(z, axis=1, return_indices=True)
+            where = tl.where(peak > top, start + lane * 8 + at, where)
+        else:
+            peak = tl.max(z, axis=1)
+        higher = tl.maximum(top, peak)
+        d = z - higher[:, None]
+        e = tl.exp(d)
+        rise = top - higher
+        shrink = tl.exp(rise)
         if ENTROPY:
             # Σ e^(z − top) · (z − top): a sum of small terms, whatever number all logits share.
-            ed = tl.where(e > 0.0, e * d, 0.0)
-            moments = tl.where(higher, e * moments - ed * sums, moments + ed)
-        sums = tl.where(higher, sums * e + 1.0, sums + e)
-        top = tl.maximum(top, z)
-        if TOP1:
-            where = tl.where(higher, col, where)
+            # Where e is 0, d may be −∞.
+            moments = shrink * moments + _product_or_0(shrink, rise) * sums
+            moments += tl.sum(e * tl.maximum(d, -1e4), axis=1)
+        sums = shrink * sums + tl.sum(e, axis=1)
+        top = higher
 
     highest = tl.where(live, tl.max(top, axis=0), 0.0)
-    d = top - highest
-    e = tl.exp(d)
-    total = tl.where(live, tl.sum(sums * e, axis=0), 1.0)
+    rise = top - highest
+    shrink = tl.exp(rise)
+    total = tl.where(live, tl.sum(shrink * sums, axis=0), 1.0)
     log_sum = tl.log(total)
     logp = (_scaled_and_capped(x_t, SCALE, CAP) - highest) - log_sum
     logp = tl.where(live, tl.where(known, logp, float("nan")), 0.0)
@@ -172,8 +185,7 @@ def _logprobs_fwd_kernel(
     tl.store(highest_ptr + row, highest)
     tl.store(log_sum_ptr + row, log_sum)
     if ENTROPY:
-        ed = tl.where(e > 0.0, e * d, 0.0)
-        moment = tl.sum(moments * e + sums * ed, axis=0)
+        moment = tl.sum(shrink * moments + _product_or_0(shrink, rise) * sums, axis=0)
         tl.store(entropy_ptr + row, tl.where(live, log_sum - moment / total, 0.0))
     if TOP1:
         first = tl.min(tl.where(top == highest, where, V), axis=0)
@@ -231,7 +243,7 @@ def _logprobs_bwd_kernel(
 
 def _logprobs_config(V: int) -> dict:
     """16 elements a thread keep two 16-byte loads in flight, as in cross entropy."""
-    block_v = min(next_power_of_2(V), 2048)
+    block_v = max(8, min(next_power_of_2(V), 2048))
     return {"BLOCK_V": block_v, "num_warps": max(1, block_v // 512)}
 
 
