@@ -126,6 +126,20 @@ def soft_target_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target.float())
 
 
+def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+    """The paper's algorithm, as entmax writes it: sort, sum, compare."""
+    x = x.float()
+    highest = x.sort(dim, descending=True).values
+    rank = torch.arange(1, x.shape[dim] + 1, device=x.device)
+    sums = highest.cumsum(dim) - 1
+    size = (rank * highest > sums).sum(dim, keepdim=True)
+    return (x - sums.gather(dim, size - 1) / size).clamp(min=0)
+
+
+def embedding(input: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    return F.embedding(input, weight, padding_idx)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

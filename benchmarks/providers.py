@@ -127,6 +127,9 @@ class Torch(Provider):
 
         return call
 
+    def embedding(self):
+        return lambda input, weight: F.embedding(input, weight)
+
     def soft_target_cross_entropy(self):
         return lambda logits, target: F.cross_entropy(logits, target)
 
@@ -195,6 +198,15 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def sparsemax(self):
+        from liger_kernel.transformers.functional import liger_sparsemax
+
+        return lambda x: liger_sparsemax(x)
+
+    def embedding(self):
+        from liger_kernel.ops.experimental.embedding import LigerEmbeddingFunction
+
+        return lambda input, weight: LigerEmbeddingFunction.apply(weight, input)
 
     def kl_div(self):
         from liger_kernel.transformers.functional import liger_kl_div

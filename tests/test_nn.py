@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GemmaConfig, LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -67,6 +68,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor) -> No
             lnn.LayerNorm(24, elementwise_affine=False),
             nn.LayerNorm(24, elementwise_affine=False),
         ),
+        (lnn.ReLUSquared(), ACT2FN["relu2"]),
         (lnn.SwiGLUMLP(24, 40), LlamaMLP(LlamaConfig(**SMALL))),
         (lnn.SwiGLUMLP(24, 40, bias=True), LlamaMLP(LlamaConfig(**SMALL, mlp_bias=True))),
         (lnn.GeGLUMLP(24, 40), GemmaMLP(GemmaConfig(**SMALL, hidden_act="gelu_pytorch_tanh"))),
@@ -179,6 +181,19 @@ def test_fused_linear_cross_entropy_loss_is_linear_then_cross_entropy(options, b
     torch.testing.assert_close(
         torch.autograd.grad(got.sum(), wrt), torch.autograd.grad(want.sum(), wrt)
     )
+
+
+def test_embedding_is_torchs():
+    ours, theirs = lnn.Embedding(7, 5, padding_idx=2), nn.Embedding(7, 5, padding_idx=2)
+    assert_same(ours, theirs, torch.randint(7, (2, 9)))
+    with pytest.raises(NotImplementedError, match="`sparse` must be False; got True"):
+        lnn.Embedding(7, 5, sparse=True)
+
+
+def test_sparsemax_is_its_function():
+    x = torch.randn(3, 4, 5)
+    torch.testing.assert_close(lnn.Sparsemax(dim=1)(x), LF.sparsemax(x, dim=1))
+    assert "dim=1" in repr(lnn.Sparsemax(dim=1))
 
 
 @pytest.mark.parametrize("log_target", [False, True])

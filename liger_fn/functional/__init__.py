@@ -10,8 +10,10 @@ from liger_fn.functional.activation.gated_activation import gated_activation
 from liger_fn.functional.activation.geglu import geglu
 from liger_fn.functional.activation.relu_squared import relu_squared
 from liger_fn.functional.activation.softmax import softmax
+from liger_fn.functional.activation.sparsemax import sparsemax
 from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
+from liger_fn.functional.embedding.embedding import embedding
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
 from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
 from liger_fn.functional.loss.cross_entropy import cross_entropy
@@ -28,6 +30,7 @@ from liger_fn.functional.position.rope import rope
 __all__ = [
     "cross_entropy",
     "fused_add_rms_norm",
+    "embedding",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
     "gated_activation",
@@ -41,6 +44,7 @@ __all__ = [
     "rope",
     "soft_target_cross_entropy",
     "softmax",
+    "sparsemax",
     "swiglu",
     "tvd",
     "using",

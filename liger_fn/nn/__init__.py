@@ -5,7 +5,9 @@ purpose, so a checkpoint of the one loads into the other.
 """
 
 from liger_fn.nn.activation import Softmax
+from liger_fn.nn.activation import ReLUSquared, Sparsemax
 from liger_fn.nn.divergence import JSDLoss, KLDivLoss, SoftTargetCrossEntropyLoss, TVDLoss
+from liger_fn.nn.embedding import Embedding
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
@@ -23,6 +25,7 @@ __all__ = [
     "CrossEntropyLoss",
     "FusedAddRMSNorm",
     "FusedLinearCPOLoss",
+    "Embedding",
     "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",
@@ -34,9 +37,11 @@ __all__ = [
     "KLDivLoss",
     "LayerNorm",
     "RMSNorm",
+    "ReLUSquared",
     "RotaryEmbedding",
     "SoftTargetCrossEntropyLoss",
     "Softmax",
+    "Sparsemax",
     "SwiGLUMLP",
     "TVDLoss",
 ]

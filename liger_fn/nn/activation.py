@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from liger_fn.functional import softmax
+from liger_fn.functional import relu_squared, softmax, sparsemax
 
 
 class Softmax(nn.Module):
@@ -25,3 +25,24 @@ class Softmax(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, scale={self.scale}"
+
+
+class ReLUSquared(nn.Module):
+    """The square of the positive part, transformers' "relu2". See `functional.relu_squared`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu_squared(input)
+
+
+class Sparsemax(nn.Module):
+    """The projection onto distributions along `dim`. See `functional.sparsemax`."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sparsemax(input, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"

@@ -5,6 +5,7 @@ import importlib
 OPS = (
     "cross_entropy",
     "fused_add_rms_norm",
+    "embedding",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
     "gated_activation",
@@ -18,6 +19,7 @@ OPS = (
     "rope",
     "soft_target_cross_entropy",
     "softmax",
+    "sparsemax",
     "swiglu",
     "tvd",
 )
