@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
+from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama4 import modeling_llama4
 
 from liger_fn import functional
 from liger_fn.hf import apply, families
@@ -26,6 +29,19 @@ def outcomes(model):
     for row in apply(model).rows:
         found.setdefault(row.name, []).append(row.how or row.reason)
     return found
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record the calls of ops, by their names."""
+    calls = []
+
+    def recorded(name, op):
+        return lambda *args, **kwargs: calls.append(name) or op(*args, **kwargs)
+
+    for name in {family.op for family in FAMILIES} | {"rope"}:
+        monkeypatch.setattr(functional, name, recorded(name, getattr(functional, name)))
+    return calls
 
 
 def prove(place, module):
@@ -56,6 +72,48 @@ def test_a_norm_that_insists_on_its_width(width):
     assert prove(NORM, nn.RMSNorm(width, eps=1e-6)).candidate.op == "rms_norm"
 
 
+def test_a_norm_that_keeps_its_width_under_another_name():
+    """CPM-Ant asks for its number of features, which only the weight tells."""
+    found = outcomes(tiny_model("cpmant"))
+    assert found["CpmAntLayerNorm"] == ["rms_norm(cast_before_weight=True)"]
+
+
+def test_autocast_s_own_rule_for_torch_s_norms(calls):
+    """Autocast makes float32 of what `F.rms_norm` gets; a model's own formula it leaves alone."""
+    torch_s, model_s = nn.RMSNorm(32, eps=1e-6), LlamaRMSNorm(32)
+    forwards = {norm: prove(NORM, norm).candidate.run for norm in (torch_s, model_s)}
+    with torch.autocast("cpu", torch.bfloat16):
+        for norm, dtype, is_ours in (
+            (torch_s, torch.bfloat16, False),
+            (torch_s, torch.float32, True),
+            (model_s, torch.float32, True),
+        ):
+            calls.clear()
+            x = torch.randn(2, 32, dtype=dtype)
+            got, expected = forwards[norm](norm, x), norm(x)
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected)
+            assert bool(calls) == is_ours
+
+
+def test_an_epsilon_that_is_written_in_the_forward():
+    class Written(LlamaRMSNorm):
+        def __init__(self, eps):
+            super().__init__(32)
+            del self.variance_epsilon
+            self.holder = [eps]
+
+        def forward(self, hidden_states):
+            size = hidden_states.float().pow(2).mean(-1, keepdim=True)
+            normalised = hidden_states.float() * torch.rsqrt(size + self.holder[0])
+            return self.weight * normalised.to(hidden_states.dtype)
+
+    assert "eps=1e-06" in prove(NORM, Written(1e-6)).candidate.how
+    assert "eps=1e-05" in prove(NORM, Written(1e-5)).candidate.how
+    with pytest.raises(Rejected, match="the results differ"):
+        prove(NORM, Written(3e-6))
+
+
 def test_the_report_has_no_line_about_attention():
     assert not any("Attention" in row.name for row in apply(tiny_model("bert")).rows)
 
@@ -84,12 +142,44 @@ def test_rounding_before_or_after_the_weight():
         assert row.error16 == 0
 
 
-@pytest.mark.parametrize(
-    ("model_type", "name"),
-    [("llama4_text", "apply_rotary_emb()"), ("gptj", "apply_rotary_pos_emb()")],
-)
-def test_rotary_functions_with_other_arguments(model_type, name):
-    assert outcomes(tiny_model(model_type))[name][0].startswith("takes (")
+def test_a_rotary_function_with_other_arguments():
+    """Llama 4's images: the function is not even tried."""
+    with pytest.raises(Rejected, match=r"takes \(query, key, freqs_ci\), not \(q, k, cos, sin\)"):
+        prove_rotary(modeling_llama4.vision_apply_rotary_emb)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("modeling", [modeling_llama4, modeling_deepseek_v2])
+def test_complex_angles(modeling, dtype, calls):
+    original = modeling.apply_rotary_emb
+    rotate = guarded(original, prove_rotary(original))
+    angle = torch.rand(1, 5, 8)
+    angles = torch.polar(torch.ones_like(angle), angle)
+    shapes = [(2, 5, 4, 16), (2, 5, 2, 16)]
+    if modeling is modeling_deepseek_v2:
+        shapes = [(2, 4, 5, 16), (2, 2, 5, 16)]
+    q, k = (torch.randn(shape).to(dtype) for shape in shapes)
+    calls.clear()
+    torch.testing.assert_close(rotate(q, k, angles), original(q, k, angles))
+    assert len(calls) == 1
+    # What is not complex was not proved.
+    for got, expected in zip(rotate(q, k, angle), original(q, k, angle), strict=True):
+        assert torch.equal(got, expected)
+    assert len(calls) == 1
+
+
+def test_the_sine_before_the_cosine(calls):
+    original = modeling_gptj.apply_rotary_pos_emb
+    rotate = guarded(original, prove_rotary(original))
+    angle, x = torch.rand(2, 5, 8), torch.randn(2, 5, 4, 16)
+    calls.clear()
+    rotated = rotate(x, angle.sin(), angle.cos())
+    torch.testing.assert_close(rotated, original(x, angle.sin(), angle.cos()))
+    assert len(calls) == 1
+    part = x[..., :8]
+    with pytest.raises(RuntimeError, match="size"):
+        rotate(part, angle.sin(), angle.cos())
+    assert len(calls) == 1
 
 
 def test_the_last_features_of_a_head_are_rotated():
@@ -128,11 +218,8 @@ def rotate():
     return original, guarded(original, prove_rotary(original))
 
 
-def test_rope_serves_the_calls_that_were_proved(rotate, monkeypatch):
+def test_rope_serves_the_calls_that_were_proved(rotate, calls):
     original, ours = rotate
-    calls = []
-    rope = functional.rope
-    monkeypatch.setattr(functional, "rope", lambda *a, **k: calls.append(k) or rope(*a, **k))
     angle = torch.rand(1, 5, 8).repeat(1, 1, 2)
     q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
     cos, sin = angle.cos(), angle.sin()

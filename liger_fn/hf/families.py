@@ -9,6 +9,7 @@ their order does not matter, because the trial decides. To add an op to the adap
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from liger_fn import functional
+from liger_fn.functional.core.rules import autocast_dtype
 from liger_fn.hf.probe import (
     BF16,
     F32,
@@ -38,16 +40,23 @@ EPS_NAMES = (
     *("variance_epsilon", "eps", "epsilon", "norm_eps"),
     *("layer_norm_epsilon", "layer_norm_eps"),
 )
+# What norms that keep no epsilon write in their forward.
+WRITTEN_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 
 
 @dataclass(frozen=True)
 class Family:
-    """An op, the place it may take, the keyword arguments to try, the parameters it can take."""
+    """An op, the place it may take, the keyword arguments to try, the parameters it can take.
+
+    Args:
+        offset: what the module adds to its weight, where the op has no option for it.
+    """
 
     op: str
     place: Place
     variants: tuple[dict[str, Any], ...]
     parameters: tuple[str, ...] = ()
+    offset: float = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the op by its name, so that whoever replaces it in `functional` is heard."""
@@ -112,21 +121,22 @@ class Norm(Place):
             raise Rejected("takes more than one input")
         if any(p.dim() != 1 for p in _parameters(module).values()):
             raise Rejected("has parameters that are not one-dimensional")
-        if _eps_name(module) is None:
-            raise Rejected("has no epsilon that is a number")
 
     def candidates(self, module, family):
-        eps, names = _eps_name(module), tuple(_parameters(module))
-        if not set(names) <= set(family.parameters):
+        names = tuple(_parameters(module))
+        if not set(names) <= set(family.parameters) or (family.offset and "weight" not in names):
             return
-        notes = () if names else ("no weight",)
-        for options, any_dtype in itertools.product(family.variants, (True, False)):
-            run = _norm_forward(family, names, eps, options, any_dtype)
+        held = _eps_name(module)
+        epsilons = WRITTEN_EPS if held is None else (held,)
+        for eps, options, any_dtype in itertools.product(epsilons, family.variants, (True, False)):
+            run = _norm_forward(type(module), family, names, eps, options, any_dtype)
+            notes = () if names else ("no weight",)
+            notes += (f"weight + {family.offset}",) if family.offset else ()
+            notes += () if held else (f"eps={eps}",)
             yield Candidate(family.op, family.how(*notes, **options), run)
 
     def shadow_and_input(self, module, dtypes, g):
-        # Sharded parameters may be empty here; only layer norms insist on their width.
-        width = [48, *getattr(module, "normalized_shape", ())][-1]
+        width = _width(module)
         parameters = {
             name: nn.Parameter(torch.randn(width, generator=g, dtype=F32).to(dtypes[1]))
             for name in _parameters(module)
@@ -214,12 +224,23 @@ FAMILIES = [
 # that name, and a model that is saved whole needs nothing of us when it is loaded.
 
 
-def _norm_forward(family, names, eps, options, any_dtype):
+def _norm_forward(norm, family, names, eps, options, any_dtype):
+    autocasts = _calls_torch_s_norm(norm)
+    is_torch_s_own = norm.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    is_written = isinstance(eps, float)
+
     def forward(self, x):
-        parameters = [getattr(self, name) for name in names]
-        if not any_dtype and any(p.dtype != x.dtype for p in parameters):
+        parameters = {name: getattr(self, name) for name in names}
+        if not any_dtype and any(p.dtype != x.dtype for p in parameters.values()):
             return type(self).forward(self, x)
-        return family(x, *parameters, eps=getattr(self, eps), **options)
+        # Autocast makes float32 of what torch's norms get; what is float32 already stays so.
+        in_float32 = is_torch_s_own and x.dtype == F32
+        if autocasts and not in_float32 and autocast_dtype(x.device.type) is not None:
+            return type(self).forward(self, x)
+        if family.offset:
+            parameters["weight"] = parameters["weight"] + family.offset
+        epsilon = eps if is_written else getattr(self, eps)
+        return family(x, **parameters, eps=epsilon, **options)
 
     return forward
 
@@ -275,6 +296,20 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def _eps_name(module: nn.Module) -> str | None:
     return next((n for n in EPS_NAMES if isinstance(getattr(module, n, None), float)), None)
+
+
+def _width(module: nn.Module) -> int:
+    """How many features a norm normalises; some insist on their number."""
+    # Sharded parameters may be empty here; another width will do for most norms.
+    sizes = [p.shape[-1] for p in _parameters(module).values() if p.numel()]
+    return [48, *sizes, *getattr(module, "normalized_shape", ())][-1]
+
+
+def _calls_torch_s_norm(norm: type) -> bool:
+    """Say whether the forward of a class calls `F.layer_norm` or `F.rms_norm`."""
+    forwards = (vars(cls)["forward"] for cls in norm.__mro__ if "forward" in vars(cls))
+    codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards)
+    return any({"layer_norm", "rms_norm"} & set(getattr(code, "co_names", ())) for code in codes)
 
 
 def _linears(module: nn.Module) -> dict[str, Any]:

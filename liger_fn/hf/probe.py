@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,9 @@ def quiet() -> Iterator[torch.Generator]:
     """Make tensors on the CPU, run reference code, and leave the global random state alone."""
     state = torch.get_rng_state()
     no_autocast = torch.autocast("cpu", enabled=False)
-    with torch.device("cpu"), torch.no_grad(), no_autocast, using("reference"):
+    # An original may warn of dtypes that no user has given it.
+    no_warnings = warnings.catch_warnings(action="ignore")
+    with torch.device("cpu"), torch.no_grad(), no_autocast, using("reference"), no_warnings:
         try:
             yield torch.Generator().manual_seed(0)
         finally:

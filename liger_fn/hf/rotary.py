@@ -37,6 +37,10 @@ ANGLES: dict[str, tuple[Callable, Callable]] = {
     "pairs": (lambda a: a.repeat_interleave(2, -1), lambda c: c[..., ::2]),
     "once": (lambda a: a, lambda c: c),
 }
+# What a rotary function may take first; the rest of its arguments may be anything.
+ONE, ONE_SIN_FIRST = ("x", "cos", "sin"), ("tensor", "sin", "cos")
+BOTH, BOTH_COMPLEX = ("q", "k", "cos", "sin"), ("xq", "xk", "freqs_cis")
+TAKES = (ONE, ONE_SIN_FIRST, BOTH, BOTH_COMPLEX)
 BATCH, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 5, 4, 2, 16
 
 
@@ -52,7 +56,7 @@ class Form:
     options: dict[str, bool]
     angles: str
     promotes: bool
-    single: bool
+    takes: tuple[str, ...]
 
     def __call__(self, layout: str, cos: torch.Tensor, sin: torch.Tensor, *xs: Any) -> Any:
         """Rotate one or two tensors; return what the original function returns."""
@@ -69,6 +73,13 @@ class Form:
         return functional.rope(
             q, k, cos, sin, rotary_dim=rotated, interleaved=interleaved, layout=layout
         )
+
+    def original(self, function: Callable, cos: Any, sin: Any, *xs: Any, **extra: Any) -> Any:
+        """Call the rotary function with its arguments in its order."""
+        if self.takes == BOTH_COMPLEX:
+            return function(*xs, torch.complex(cos.float(), sin.float()), **extra)
+        angles = (sin, cos) if self.takes == ONE_SIN_FIRST else (cos, sin)
+        return function(*xs, *angles, **extra)
 
     def rotated(self, cos: torch.Tensor) -> int:
         """How many features of a head are rotated."""
@@ -130,11 +141,11 @@ def prove_rotary(function: Callable) -> Domain:
     Raises:
         Rejected: the op equals it for no call.
     """
-    names = list(inspect.signature(function).parameters)
-    single = names[:3] == ["x", "cos", "sin"]
-    if not single and names[:4] != ["q", "k", "cos", "sin"]:
-        raise Rejected(f"takes ({', '.join(names)}), not (q, k, cos, sin) or (x, cos, sin)")
-    forms = itertools.product(FORMS, ANGLES, (False, True), (single,))
+    names = tuple(inspect.signature(function).parameters)
+    takes = [known for known in TAKES if names[: len(known)] == known]
+    if not takes:
+        raise Rejected(f"takes ({', '.join(names)}), not ({', '.join(BOTH)}) or the like")
+    forms = itertools.product(FORMS, ANGLES, (False, True), takes)
     domains = [_prove_form(function, Form(*form)) for form in forms]
     best = max(domains, key=lambda domain: (len(domain.calls), -domain.error16))
     if not best.calls:
@@ -162,7 +173,24 @@ def guarded(function: Callable, domain: Domain) -> Callable:
             return function(q, k, cos, sin, *args, **kwargs)
         return domain.form(layout, cos, sin, q, k)
 
-    return functools.wraps(function)(rotate if domain.form.single else rotate_both)
+    def rotate_sin_first(tensor, sin=None, cos=None, *args, **kwargs):
+        layout = domain.layout(axis_of(args, kwargs), cos, sin, tensor)
+        if layout is None:
+            return function(tensor, sin, cos, *args, **kwargs)
+        return domain.form(layout, cos, sin, tensor)
+
+    def rotate_complex(xq, xk, freqs_cis, *args, **kwargs):
+        cos, sin = (freqs_cis.real, freqs_cis.imag) if freqs_cis.is_complex() else (None, None)
+        layout = domain.layout(axis_of(args, kwargs), cos, sin, xq, xk)
+        if layout is None:
+            return function(xq, xk, freqs_cis, *args, **kwargs)
+        return domain.form(layout, cos, sin, xq, xk)
+
+    replacements = {
+        ONE: rotate, ONE_SIN_FIRST: rotate_sin_first,
+        BOTH: rotate_both, BOTH_COMPLEX: rotate_complex,
+    }  # fmt: skip
+    return functools.wraps(function)(replacements[domain.form.takes])
 
 
 def _prove_form(function: Callable, form: Form) -> Domain:
@@ -190,9 +218,10 @@ def _distance(function, form, axis, layout, partial, dtypes) -> float:
         angle = 6 * torch.rand(BATCH, TOKENS, rotated // 2, generator=g, dtype=F32)
         angle = ANGLES[form.angles][0](angle)
         cos, sin = angle.cos().to(dtypes[1]), angle.sin().to(dtypes[1])
-        xs = [_heads(n, layout, g).to(dtypes[0]) for n in (HEADS, KV_HEADS)][: 2 - form.single]
+        heads = (HEADS,) if form.takes in (ONE, ONE_SIN_FIRST) else (HEADS, KV_HEADS)
+        xs = [_heads(n, layout, g).to(dtypes[0]) for n in heads]
         extra = {} if axis is None else {"unsqueeze_dim": axis}
-        expected = function(*(x.clone() for x in xs), cos, sin, **extra)
+        expected = form.original(function, cos, sin, *(x.clone() for x in xs), **extra)
         return distance(form(layout, cos, sin, *xs), expected)
     return float("inf")
 
