@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import nested_concat
 
 from liger_fn import functional
 from liger_fn.hf.deferred import Deferred
-from liger_fn.hf.output_head import FUSED, DeferringHead, swap
+from liger_fn.hf.output_head import FUSED, DeferringHead, deferring, swap
 
 ROWS, TOKENS, HIDDEN, VOCAB = 2, 5, 8, 11
 
@@ -44,11 +44,9 @@ def target():
 
 
 def real_and_deferred(head, hidden):
-    head._liger_mode = None
     real = head(hidden)
-    head._liger_mode = FUSED
-    lazy = head(hidden)
-    head._liger_mode = None
+    with deferring(head, FUSED):
+        lazy = head(hidden)
     assert type(lazy) is Deferred
     return real, lazy
 
@@ -210,8 +208,8 @@ def test_the_op_runs_inside_the_head_s_hooks(head, hidden, target):
     events = []
     head.register_forward_pre_hook(lambda *_: events.append("before"))
     head.register_forward_hook(lambda *_: events.append("after"))
-    head._liger_mode = FUSED
-    lazy = head(hidden)
+    with deferring(head, FUSED):
+        lazy = head(hidden)
     assert not events
     F.cross_entropy(lazy.view(-1, VOCAB), target)
     assert events == ["before", "after"]
@@ -265,9 +263,9 @@ def test_logits_that_would_come_from_a_later_head_are_refused(head, hidden, targ
 
 
 def test_logits_of_functional_call_are_refused_outside_of_it(head, hidden):
-    head._liger_mode = FUSED
     doubled = {name: 2 * p for name, p in head.named_parameters()}
-    lazy = torch.func.functional_call(head, doubled, (hidden,))
+    with deferring(head, FUSED):
+        lazy = torch.func.functional_call(head, doubled, (hidden,))
     with pytest.raises(RuntimeError, match="got a head with other weights"):
         lazy.argmax(-1)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_fn import functional
 from liger_fn.hf import apply, kernel_mapping, patched, undo
@@ -154,11 +159,51 @@ def test_offloading_hooks(model, inputs, fused, order):
 
 
 @needs_accelerate
-def test_a_model_whose_forward_accelerate_has_wrapped_keeps_its_loss(model):
+def test_a_model_whose_forward_does_not_say_what_it_wraps_keeps_its_loss(model):
     model.forward = MethodType(lambda self, *a, **k: type(self).forward(self, *a, **k), model)
     report = apply(model)
     assert "fused_linear_cross_entropy" not in report.replaced()
     assert "forward of another library" in str(report)
+
+
+@pytest.fixture
+def accelerator():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+@needs_accelerate
+@pytest.mark.parametrize("order", ["prepare first", "apply first"])
+def test_mixed_precision_of_accelerate(model, inputs, fused, accelerator, order):
+    expected = accelerator.prepare(copy.deepcopy(model))(**inputs)
+    if order == "apply first":
+        report = apply(model)
+    prepared = accelerator.prepare(model)
+    if order == "prepare first":
+        report = apply(prepared)
+    assert apply(prepared).replaced()["fused_linear_cross_entropy"] == 1
+    output = prepared(**inputs)
+    # The same bfloat16 products; the op does not round the logits to it.
+    torch.testing.assert_close(output.loss, expected.loss, rtol=3e-3, atol=0)
+    assert output.logits.dtype == expected.logits.dtype == torch.float32
+    assert len(fused) == 1
+    output.loss.backward()
+    report.undo()
+    torch.testing.assert_close(prepared(**inputs).loss, expected.loss)
+    assert len(fused) == 1
+    assert not installed(model)
+
+
+@needs_accelerate
+def test_undoing_restores_what_accelerate_has_put_on_the_model(model, inputs, accelerator):
+    prepared = accelerator.prepare(model)
+    before = prepared.__dict__["forward"]
+    apply(prepared).undo()
+    assert prepared.__dict__["forward"] is before
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -212,30 +257,40 @@ def test_trainer_in_bfloat16(tmp_path, fused):
     assert len(fused) == 6
 
 
-@needs_trl
-def test_trl_s_trainer(tmp_path):
-    """TRL computes the loss from the head's weight itself: ours is idle, the other ops are not."""
+def train_with_trl(trainer_class, model, tmp_path):
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
-    def losses(model):
-        arguments = SFTConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=2, logging_steps=1,
-            report_to=[], use_cpu=True, save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
-            bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
-        )  # fmt: skip
-        rows = [{"input_ids": row["input_ids"].tolist()} for row in Sentences(8)]
-        trainer = SFTTrainer(
-            model, args=arguments, train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer(),
-        )  # fmt: skip
-        trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=2, logging_steps=1,
+        report_to=[], use_cpu=True, save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
+        bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in Sentences(8)]
+    trainer = trainer_class(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    expected = losses(tiny_model("llama"))
+
+@needs_trl
+def test_trl_s_trainer(tmp_path, fused):
+    """TRL computes the loss from the head's weight itself: ours is idle, the other ops are not."""
+    from trl import SFTTrainer
+
+    class WithTheModelsLoss(SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    expected = train_with_trl(SFTTrainer, tiny_model("llama"), tmp_path)
+    model = tiny_model("llama")
+    assert "idle in TRL's SFTTrainer" in str(apply(model))
+    assert train_with_trl(SFTTrainer, model, tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert not fused
     model = tiny_model("llama")
     apply(model)
-    assert losses(model) == pytest.approx(expected, rel=1e-4)
+    assert train_with_trl(WithTheModelsLoss, model, tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert len(fused) == 2
 
 
 def tokenizer():
@@ -263,27 +318,128 @@ def test_the_layer_for_kernels_finds_each_class_s_convention(model_type):
     assert torch.equal(norm(x), expected)
 
 
+def llama_s_rotation(q, k, cos, sin, unsqueeze_dim=1):
+    """What the modelling file has where `kernels` is not installed."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
+
+
+def as_kernels_makes_it(function):
+    """What `kernels` puts in the place of a function that is marked: a module."""
+
+    class Func(nn.Module):
+        kernel_layer_name = "rotary_pos_emb"
+
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.signature(function)
+    Func.forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+    return Func()
+
+
+def rotary_arguments():
+    angle = torch.rand(1, 5, 8).repeat(1, 1, 2)
+    return torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), angle.cos(), angle.sin()
+
+
+@pytest.fixture
+def ropes(monkeypatch):
+    calls, op = [], functional.rope
+    monkeypatch.setattr(functional, "rope", lambda *a, **k: calls.append(k) or op(*a, **k))
+    return calls
+
+
+def test_the_rotary_layer_for_kernels_finds_each_function_s_convention(ropes):
+    layer = kernel_mapping(("cpu",))["rotary_pos_emb"]["cpu"].load()
+    for function, is_rope in (
+        (llama_s_rotation, True),
+        (lambda q, k, cos, sin, unsqueeze_dim=1: q, False),
+    ):
+        module = as_kernels_makes_it(function)
+        expected = module(*rotary_arguments())
+        module.forward = MethodType(layer.forward, module)
+        module(*rotary_arguments())
+        ropes.clear()
+        arguments = rotary_arguments()
+        torch.testing.assert_close(module(*arguments), function(*arguments))
+        assert type(module(*arguments)) is type(expected)
+        assert bool(ropes) == is_rope
+
+
+def test_a_rotary_function_that_kernels_has_made_a_module_is_replaced(model, inputs, monkeypatch):
+    expected = loss_and_gradients(model, inputs)
+    original = as_kernels_makes_it(llama_s_rotation)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original)
+    with patched(model) as report:
+        assert report.replaced()["rope"] == 1
+        assert_same(loss_and_gradients(model, inputs), expected)
+    assert modeling_llama.apply_rotary_pos_emb is original
+
+
 @pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="kernels is not installed")
-def test_kernelize_takes_our_norm(monkeypatch):
-    from kernels import Mode, kernelize, use_kernel_forward_from_hub, use_kernel_mapping
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+def test_kernelize_takes_our_norm_and_our_rope(monkeypatch, ropes):
+    from kernels import (
+        Mode,
+        kernelize,
+        use_kernel_forward_from_hub,
+        use_kernel_mapping,
+        use_kernelized_func,
+    )
+
+    rotate = use_kernel_forward_from_hub("rotary_pos_emb")(llama_s_rotation)
 
     @use_kernel_forward_from_hub("RMSNorm")
     class Marked(LlamaRMSNorm):
         def forward(self, hidden_states):
             return super().forward(hidden_states)
 
-    norm, x = Marked(64), torch.randn(3, 64)
-    expected = norm(x)
-    calls = []
-    op = functional.rms_norm
+    @use_kernelized_func(rotate)
+    class Layer(nn.Sequential):
+        pass
+
+    model, x, arguments = Layer(Marked(64)), torch.randn(3, 64), rotary_arguments()
+    expected, rotated = model(x), rotate(*arguments)
+    calls, op = [], functional.rms_norm
     monkeypatch.setattr(functional, "rms_norm", lambda *a, **k: calls.append(k) or op(*a, **k))
     with use_kernel_mapping(kernel_mapping(("cpu",)), inherit_mapping=False):
-        norm = kernelize(nn.Sequential(norm), mode=Mode.TRAINING, device="cpu")[0]
-    calls.clear()
-    torch.testing.assert_close(norm(x), expected)
-    # The first call proves it.
-    assert calls[-1]["eps"] == norm.variance_epsilon
+        model = kernelize(model, mode=Mode.TRAINING, device="cpu")
+    # The first calls prove them.
+    model(x), rotate(*arguments)
+    calls.clear(), ropes.clear()
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(rotate(*arguments), rotated)
+    assert (len(calls), len(ropes)) == (1, 1)
+
+
+# Threads that share a model, as servers have it.
+
+
+@pytest.mark.parametrize("other", ["generates", "computes a loss"])
+def test_two_threads_with_one_model(model, inputs, fused, other):
+    model.eval()
+    expected = model(**inputs)
+    apply(model)
+    halfway, may_go_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            halfway.set()
+            assert may_go_on.wait(60)
+
+    model.model.norm.register_forward_hook(wait)
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        first = pool.submit(torch.no_grad()(model), **inputs, skip_logits=True)
+        assert halfway.wait(60)
+        if other == "generates":
+            assert torch.equal(model(input_ids=inputs["input_ids"]).logits, expected.logits)
+        else:
+            torch.testing.assert_close(model(**inputs, skip_logits=True).loss, expected.loss)
+        may_go_on.set()
+        torch.testing.assert_close(first.result().loss, expected.loss)
+    assert len(fused) == 1
+    assert type(model(input_ids=inputs["input_ids"]).logits) is torch.Tensor
 
 
 # ZeRO-3: the weights are there only inside the call of the module that owns them.

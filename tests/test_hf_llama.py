@@ -415,6 +415,8 @@ def test_a_deepcopy_stays_patched_and_is_its_own(model, inputs, calls):
 
 @pytest.mark.parametrize("through", ["pickle", "torch.save"])
 def test_a_pickle_holds_the_original_model(model, inputs, through):
+    if any("_kernel_funcs" in module.__dict__ for module in model.modules()):
+        pytest.skip("the kernels library puts objects on models that cannot be pickled")
     expected = loss_and_gradients(model, inputs)
     apply(model)
     if through == "pickle":

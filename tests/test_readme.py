@@ -42,5 +42,5 @@ def test_what_takes_the_place_of_liger_kernel_s_names_is_there():
     found = {name for pair in named for name in pair if name}
     assert {"apply", "rms_norm", "rope", "SwiGLUMLP", "AutoLigerKernelForImageTextToText"} <= found
     doors = (liger_fn.hf, liger_fn.nn, functional)
-    theirs = {"Trainer"}
+    theirs = {"SFTTrainer", "Trainer"}
     assert not [n for n in found - theirs if not any(hasattr(door, n) for door in doors)]

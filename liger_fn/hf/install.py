@@ -14,6 +14,7 @@ deepcopy can be undone like the original.
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,6 +32,10 @@ from liger_fn.hf.probe import Proof, Rejected, check_own, fingerprint, slot_of
 from liger_fn.hf.rotary import Domain, guarded, prove_rotary, rotary_functions
 
 LOSSES = (FUSED, PLAIN)
+IDLE_IN_TRL = (
+    "idle in TRL's SFTTrainer, which makes its own loss from the head's weight; "
+    "give a subclass `compute_loss = transformers.Trainer.compute_loss`"
+)
 
 
 def op_names() -> tuple[str, ...]:
@@ -379,7 +384,8 @@ def _replace_loss(model: Any, mode: str, report: Report) -> None:
         return
     if has is None:
         report.patches.append(LossPatch(model))
-    report.add(Row(f"loss ({path})", mode, mode))
+    note = IDLE_IN_TRL if "trl" in sys.modules else ""
+    report.add(Row(f"loss ({path})", mode, mode, reason=note))
 
 
 def _unwrapped(model: Any) -> Any:

@@ -14,7 +14,8 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from liger_fn import functional
 from liger_fn.hf.deferred import Deferred, real_values
-from liger_fn.hf.probe import Rejected, check_own, is_own
+from liger_fn.hf.probe import Rejected, check_own, is_own, slot_of
 
 FUSED, PLAIN = "fused_linear_cross_entropy", "cross_entropy"
 
@@ -48,12 +49,13 @@ class Swapped:
 class DeferringHead(Swapped):
     """An output head that returns a `Deferred` while its model computes a loss."""
 
-    _liger_mode = None
+    # The op, and the thread that computes the loss: written at once.
+    _liger_loss: tuple[str, int] | None = None
 
     def __call__(self, x, *args, **kwargs):
-        if self._liger_mode is None or args or kwargs:
+        if args or kwargs or not _computes_a_loss(self):
             return nn.Module.__call__(self, x, *args, **kwargs)
-        if self._liger_mode == PLAIN:
+        if self._liger_loss[0] == PLAIN:
             logits = nn.Module.__call__(self, x)
             return Deferred(None, logits, logits.shape[-1])
         return Deferred(self, x, _width(self))
@@ -78,26 +80,47 @@ class DeferringModel(Swapped):
     _liger_head = ""
 
 
-def _forward_of(original: Any) -> Callable:
-    names = list(inspect.signature(original.forward).parameters)[1:]
+@contextlib.contextmanager
+def deferring(head: Any, mode: str) -> Iterator[None]:
+    """Let the head return a `Deferred`, to this thread.
+
+    Of several threads that compute a loss with one model at a time, one gets it, the others logits.
+    """
+    head._liger_loss = (mode, 0 if torch.compiler.is_compiling() else threading.get_ident())
+    try:
+        yield
+    finally:
+        if _computes_a_loss(head):
+            head._liger_loss = None
+
+
+def _computes_a_loss(head: Any) -> bool:
+    if head._liger_loss is None:
+        return False
+    # Compiled code runs in threads that its tracing does not know.
+    return torch.compiler.is_compiling() or head._liger_loss[1] == threading.get_ident()
+
+
+def _deferring(run: Callable) -> Callable:
+    """The forward of a `DeferringModel`, around the forward `run`."""
+    names = list(inspect.signature(run).parameters)[1:]
     position = names.index("labels") if "labels" in names else len(names)
 
-    @functools.wraps(original.forward)
+    @functools.wraps(run)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[position] if len(args) > position else kwargs.get("labels")
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if skip_logits and not has_labels:
             raise ValueError("forward: `skip_logits` must come with `labels`; got no labels.")
         defers = self.training if skip_logits is None else skip_logits
-        head = _head_at(self, self._liger_head) if has_labels else None
-        if head is None or not (defers or self._liger_mode == PLAIN):
-            return original.forward(self, *args, **kwargs)
-        head._liger_mode = self._liger_mode
-        try:
-            output = original.forward(self, *args, **kwargs)
-        finally:
-            head._liger_mode = None
-        return _finished(output, skip_logits, self._liger_mode)
+        # None where another library still calls this after it was undone.
+        mode = getattr(self, "_liger_mode", None)
+        head = _head_at(self, self._liger_head) if mode and has_labels else None
+        if head is None or not (defers or mode == PLAIN):
+            return run(self, *args, **kwargs)
+        with deferring(head, mode):
+            output = run(self, *args, **kwargs)
+        return _finished(output, skip_logits, mode)
 
     return forward
 
@@ -118,7 +141,7 @@ def _finished(output: Any, skip_logits: bool | None, mode: str) -> Any:
 
 def _head_at(model: nn.Module, path: str) -> nn.Module | None:
     """The model's head; one that took the place of the old one (resized, LoRA) is changed too."""
-    if model._liger_mode is None or getattr(model, "_is_replica", False):
+    if getattr(model, "_is_replica", False):
         return None
     head = model
     for name in path.split("."):
@@ -144,26 +167,54 @@ def defer(model: nn.Module, mode: str) -> str:
     """
     if "labels" not in inspect.signature(type(model).forward).parameters:
         raise Rejected("takes no labels")
-    check_own(model, "forward")
+    if not isinstance(model, DeferringModel) and not _wraps_own(model):
+        check_own(model, "forward")
     path, head = find_head(model)
     check_head(head)
     if not isinstance(head, DeferringHead):
         swap(head, DeferringHead)
     if not isinstance(model, DeferringModel):
-        swap(model, DeferringModel)
+        _swap_model(model)
     model.__dict__.update(_liger_mode=mode, _liger_head=path)
     return path
+
+
+def _wraps_own(model: nn.Module) -> bool:
+    """Say whether the instance's forward says of itself that it wraps the one of its class."""
+    installed = model.__dict__.get(slot_of(model, "forward"))
+    if not isinstance(installed, MethodType):
+        return False
+    return inspect.unwrap(installed.__func__) is inspect.unwrap(type(model).forward)
+
+
+def _swap_model(model: nn.Module) -> None:
+    """Change the model's class, and go around a forward on the instance (accelerate's autocast)."""
+    slot = slot_of(model, "forward")
+    wrapper = None if is_own(model, "forward") else model.__dict__[slot]
+    swap(model, DeferringModel)
+    if wrapper is not None:
+        model.__dict__[slot] = MethodType(_deferring(wrapper.__func__), model)
+        model.__dict__["_liger_wrapper"] = wrapper
 
 
 def undefer(model: nn.Module) -> None:
     """Give the model and every head in it their own class back."""
     for module in model.modules():
         if isinstance(module, Swapped):
+            _restore_wrapper(module)
             for name in [name for name in module.__dict__ if name.startswith("_liger")]:
                 del module.__dict__[name]
             # FSDP may have made a subclass of ours since; then ours stays, and does nothing.
             if "liger_original" in type(module).__dict__:
                 _change_class(module, type(module).liger_original)
+
+
+def _restore_wrapper(module: nn.Module) -> None:
+    """Give the instance the forward back that was on it; leave one that was put there since."""
+    wrapper, slot = module.__dict__.get("_liger_wrapper"), slot_of(module, "forward")
+    now = getattr(module.__dict__.get(slot), "__func__", None)
+    if wrapper is not None and getattr(now, "__wrapped__", None) is wrapper.__func__:
+        module.__dict__[slot] = wrapper
 
 
 @functools.cache
@@ -175,7 +226,7 @@ def _subclass(original: Any, mixin: type) -> Any:
         "liger_original": original,
     }
     if mixin is DeferringModel:
-        members["forward"] = _forward_of(original)
+        members["forward"] = _deferring(original.forward)
     return type(original.__name__, (mixin, original), members)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ def rotary_functions(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
         forward: Any = inspect.unwrap(cls.forward)
         for name in getattr(getattr(forward, "__code__", None), "co_names", ()):
             named = ("rotary" in name or "rope" in name) and name in forward.__globals__
-            if named and inspect.isfunction(forward.__globals__[name]):
+            if named and _is_function(forward.__globals__[name]):
                 found[id(forward.__globals__), name] = forward.__globals__
     for (_, name), namespace in found.items():
         yield namespace, name
@@ -141,7 +141,7 @@ def prove_rotary(function: Callable) -> Domain:
     Raises:
         Rejected: the op equals it for no call.
     """
-    names = tuple(inspect.signature(function).parameters)
+    names = tuple(_parameters(function))
     takes = [known for known in TAKES if names[: len(known)] == known]
     if not takes:
         raise Rejected(f"takes ({', '.join(names)}), not ({', '.join(BOTH)}) or the like")
@@ -190,7 +190,7 @@ def guarded(function: Callable, domain: Domain) -> Callable:
         ONE: rotate, ONE_SIN_FIRST: rotate_sin_first,
         BOTH: rotate_both, BOTH_COMPLEX: rotate_complex,
     }  # fmt: skip
-    return functools.wraps(function)(replacements[domain.form.takes])
+    return functools.update_wrapper(replacements[domain.form.takes], function, updated=())
 
 
 def _prove_form(function: Callable, form: Form) -> Domain:
@@ -239,5 +239,15 @@ def _halves_apart(x: torch.Tensor, rotated: int) -> torch.Tensor:
 
 
 def _default_axis(function: Callable) -> int | None:
-    parameter = inspect.signature(function).parameters.get("unsqueeze_dim")
+    parameter = _parameters(function).get("unsqueeze_dim")
     return parameter.default if parameter is not None else None
+
+
+def _is_function(value: Any) -> bool:
+    """Say whether a global is a function, or the module that `kernels` makes of one."""
+    return inspect.isfunction(value) or hasattr(type(value), "kernel_layer_name")
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    signed = function.forward if isinstance(function, nn.Module) else function
+    return inspect.signature(signed).parameters
