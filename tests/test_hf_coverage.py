@@ -55,9 +55,9 @@ def test_models_says_what_is_replaced_and_why_not_the_rest(capsys):
     assert main(["models", "causal-lm", "--only", "llama", "gpt2", "gemma3n"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"causal-lm, transformers {transformers.__version__}"
-    words = {line.split()[0]: line.split()[1:6] for line in lines if line}
-    assert words["llama"] == ["yes", "yes", "yes", "yes", "-"]
-    assert words["gpt2"] == ["yes", "-", "-", "-", "-"]
+    words = {line.split()[0]: line.split()[1:7] for line in lines if line}
+    assert words["llama"] == ["yes", "yes", "-", "yes", "yes", "-"]
+    assert words["gpt2"] == ["yes", "-", "yes", "-", "-", "-"]
     assert "GPT2MLP has parameters outside its linear layers" in "\n".join(lines)
     assert lines[-1].startswith(f"| {row_name('causal-lm')} | ")
 
@@ -65,15 +65,15 @@ def test_models_says_what_is_replaced_and_why_not_the_rest(capsys):
 def test_models_tries_both_tasks_and_prints_the_table_of_the_readme(capsys):
     assert main(["models", "--markdown", "--only", "gemma3"]) == 0
     *_, causal, image = capsys.readouterr().out.splitlines()
-    assert causal == f"| {row_name('causal-lm')} | 1 of 1 | 1 | 1 | 1 | 0 | 1 |"
-    assert image == f"| {row_name('image-text-to-text')} | 1 of 1 | 1 | 1 | 1 | 0 | 1 |"
+    assert causal == f"| {row_name('causal-lm')} | 1 of 1 | 1 | 1 | 0 | 1 | 0 | 1 |"
+    assert image == f"| {row_name('image-text-to-text')} | 1 of 1 | 1 | 1 | 0 | 1 | 0 | 1 |"
 
 
 def test_models_that_cannot_be_run_say_why(capsys):
     assert main(["models", "image-text-to-text", "--only", "udop"]) == 0
     text = capsys.readouterr().out
     assert "cannot be run here: ValueError: Bbox is required" in text
-    assert "| 0 of 1 | 0 | 0 | 0 | 0 | 0 |" in text
+    assert "| 0 of 1 | 0 | 0 | 0 | 0 | 0 | 0 |" in text
 
 
 def test_models_that_are_not_equal_are_wrong(capsys, monkeypatch):

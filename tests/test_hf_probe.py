@@ -12,9 +12,10 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.llama4 import modeling_llama4
+from transformers.models.nemotron import modeling_nemotron
 
 from liger_fn import functional
-from liger_fn.hf import apply, families
+from liger_fn.hf import apply
 from liger_fn.hf.families import FAMILIES, GATED_MLP, NORM, Family
 from liger_fn.hf.probe import Rejected
 from liger_fn.hf.rotary import guarded, prove_rotary
@@ -208,6 +209,84 @@ def test_a_rotary_call_without_keys():
     torch.testing.assert_close(got, expected)
 
 
+# layer norms
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "how"),
+    [
+        ("gpt2", "LayerNorm", "layer_norm()"),
+        ("cohere", "CohereLayerNorm", "layer_norm()"),
+        ("modernbert-decoder", "LayerNorm", "layer_norm()"),
+        ("olmo", "OlmoLayerNorm", "layer_norm(no weight, eps=1e-05)"),
+        ("nemotron", "NemotronLayerNorm1P", "layer_norm(weight + 1.0)"),
+    ],
+)
+def test_layer_norms_in_their_forms(model_type, name, how):
+    assert outcomes(tiny_model(model_type))[name] == [how]
+
+
+class OfTwoDimensions(nn.LayerNorm):
+    def __init__(self):
+        super().__init__((4, 32), elementwise_affine=False)
+
+
+class NotCentred(nn.LayerNorm):
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) + self.bias
+
+
+class OtherVariance(nn.LayerNorm):
+    """Of the sample, as torch.var has it by default."""
+
+    def forward(self, x):
+        x32 = x.float()
+        variance = x32.var(-1, keepdim=True)
+        normalised = (x32 - x32.mean(-1, keepdim=True)) * torch.rsqrt(variance + self.eps)
+        return (normalised * self.weight + self.bias).to(x.dtype)
+
+
+class ScaledAfterwards(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [OfTwoDimensions(), NotCentred(32), OtherVariance(32), ScaledAfterwards(32), nn.BatchNorm1d(4)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_what_looks_like_a_layer_norm(norm):
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    with pytest.raises(Rejected):
+        prove(NORM, norm)
+
+
+def test_a_layer_norm_with_weights_for_each_head():
+    """Chameleon's: the statistics are of the last dimension, the weights of the last two."""
+    reasons = outcomes(tiny_model("chameleon", "image-text-to-text"))["ChameleonLayerNorm"]
+    assert reasons == ["has parameters that are not one-dimensional"]
+
+
+def test_layer_norms_under_autocast(calls):
+    """torch's on the CPU keeps bfloat16, on a GPU it does not; Nemotron's makes it of float32."""
+    nemotron = modeling_nemotron.NemotronLayerNorm1P(32)
+    for norm, dtype, is_ours in (
+        (nn.LayerNorm(32), torch.float32, True),
+        (nn.LayerNorm(32), torch.bfloat16, False),
+        (nemotron, torch.float32, False),
+    ):
+        forward = prove(NORM, norm).candidate.run
+        x = torch.randn(2, 32, dtype=dtype)
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = forward(norm, x), norm(x)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+        assert ("layer_norm" in calls) == is_ours
+
+
 # the guard of rope
 
 
@@ -362,15 +441,14 @@ def test_all_gated_mlps_in_their_forms():
 
 
 def test_an_op_is_added_by_one_row(monkeypatch):
-    def layer_norm(x, weight=None, bias=None, *, eps):
+    def centred_norm(x, weight=None, bias=None, *, eps):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     model = tiny_model("gpt2")
-    monkeypatch.setattr(functional, "layer_norm", layer_norm, raising=False)
-    row = Family("layer_norm", NORM, ({},), parameters=("weight", "bias"))
-    monkeypatch.setattr(families, "FAMILIES", FAMILIES)
+    monkeypatch.setattr(functional, "centred_norm", centred_norm, raising=False)
+    row = Family("centred_norm", NORM, ({},), parameters=("weight", "bias"))
     monkeypatch.setattr("liger_fn.hf.install.FAMILIES", [*FAMILIES, row])
-    assert apply(model, ops=["layer_norm"]).replaced() == {"layer_norm": 5}
+    assert apply(model, ops=["centred_norm"]).replaced() == {"centred_norm": 5}
     x = torch.randn(2, 64)
     norm = model.transformer.ln_f
     assert isinstance(norm, nn.LayerNorm)

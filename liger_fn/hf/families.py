@@ -213,6 +213,8 @@ CASTS = ({"cast_before_weight": True}, {"cast_before_weight": False})
 GELUS = ({"approximate": "tanh"}, {"approximate": "none"})
 FAMILIES = [
     Family("rms_norm", NORM, (*CASTS, *({"offset": 1.0, **cast} for cast in CASTS)), ("weight",)),
+    Family("layer_norm", NORM, ({},), ("weight", "bias")),
+    Family("layer_norm", NORM, ({},), ("weight", "bias"), offset=1.0),
     Family("swiglu", GATED_MLP, ({},)),
     Family("swiglu", EXPERTS_GATE, ({},)),
     Family("geglu", GATED_MLP, GELUS),

@@ -26,7 +26,7 @@ from liger_fn.hf.output_head import FUSED
 from liger_fn.testing import tiny_models
 from liger_fn.testing.tiny_models import loss_and_gradients
 
-OPS = (FUSED, "rms_norm", "rope", "swiglu", "geglu")
+OPS = (FUSED, "rms_norm", "layer_norm", "rope", "swiglu", "geglu")
 HEADS = {FUSED: "fused head and loss"}
 
 
