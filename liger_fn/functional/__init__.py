@@ -29,8 +29,8 @@ from liger_fn.functional.position.rope import rope
 
 __all__ = [
     "cross_entropy",
-    "fused_add_rms_norm",
     "embedding",
+    "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
     "gated_activation",

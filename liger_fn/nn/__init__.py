@@ -4,8 +4,7 @@ Parameters, names and state_dict keys are those of torch's or Hugging Face's cla
 purpose, so a checkpoint of the one loads into the other.
 """
 
-from liger_fn.nn.activation import Softmax
-from liger_fn.nn.activation import ReLUSquared, Sparsemax
+from liger_fn.nn.activation import ReLUSquared, Softmax, Sparsemax
 from liger_fn.nn.divergence import JSDLoss, KLDivLoss, SoftTargetCrossEntropyLoss, TVDLoss
 from liger_fn.nn.embedding import Embedding
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
@@ -23,9 +22,9 @@ from liger_fn.nn.preference import (
 
 __all__ = [
     "CrossEntropyLoss",
+    "Embedding",
     "FusedAddRMSNorm",
     "FusedLinearCPOLoss",
-    "Embedding",
     "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",

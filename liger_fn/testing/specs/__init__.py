@@ -4,8 +4,8 @@ import importlib
 
 OPS = (
     "cross_entropy",
-    "fused_add_rms_norm",
     "embedding",
+    "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
     "gated_activation",
