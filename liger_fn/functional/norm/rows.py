@@ -82,10 +82,22 @@ def _row_dots(a, b, PIECES: tl.constexpr):
 
 @triton.jit
 def _row_sums(a, PIECES: tl.constexpr):
+    """Give Σ a of each row."""
     total = a[0]
     for i in tl.static_range(1, PIECES):
         total += a[i]
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _mean(total, D):
+    """Divide by D, rounding to nearest."""
+    # Triton's own division of float32 may be two units off, which a large mean would show.
+    if total.dtype == tl.float32:
+        mean = tl.div_rn(total, tl.cast(D, tl.float32))
+    else:
+        mean = total / D
+    return mean
 
 
 @triton.jit
@@ -139,7 +151,7 @@ def _norm_fwd_kernel(
             s += (block.to(COMPUTE),)
         x = s
     if mean_ptr is not None:
-        mean = _row_sums(x, PIECES) / D
+        mean = _mean(_row_sums(x, PIECES), D)
         x = _centred(x, mean, D, BLOCK_D, PIECES)
         tl.store(mean_ptr + row, mean, mask=in_n)
     rstd = 1.0 / tl.sqrt(_row_dots(x, x, PIECES) / D + EPS)
@@ -186,7 +198,7 @@ def _norm_fwd_wide_kernel(
         for start in range(0, D, BLOCK_D):
             col = start + tl.arange(0, BLOCK_D)
             sums += _load_sum(x_ptr, residual_ptr, col, D, DTYPE, COMPUTE)
-        mean += tl.sum(sums, axis=0) / D
+        mean += _mean(tl.sum(sums, axis=0), D)
         tl.store(mean_ptr + row + tl.arange(0, 1), mean)
 
     squares = tl.zeros((BLOCK_D,), COMPUTE)
