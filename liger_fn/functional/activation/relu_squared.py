@@ -13,6 +13,7 @@ from torch import Tensor
 from liger_fn.functional.activation.glu import activate, tile
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -74,9 +75,10 @@ def relu_squared_fwd(x: Tensor) -> tuple[Tensor]:
         x = as_rows(x)
         N, D = x.shape
         config = _relu_squared_config(D)
-        _relu_squared_fwd_kernel[_grid(N, D, config)](
-            x, y, x.stride(0), N, D, COMPUTE=triton_dtype(accumulator(x.dtype)), **config
-        )
+        launch(
+            _relu_squared_fwd_kernel, _grid(N, D, config),
+            x, y, x.stride(0), N, D, COMPUTE=triton_dtype(accumulator(x.dtype)), **config,
+        )  # fmt: skip
     return (y,)
 
 
@@ -87,7 +89,8 @@ def relu_squared_bwd(x: Tensor, dy: Tensor) -> tuple[Tensor]:
         x, dy = as_rows(x), as_rows(dy)
         N, D = x.shape
         config = _relu_squared_config(D)
-        _relu_squared_bwd_kernel[_grid(N, D, config)](
+        launch(
+            _relu_squared_bwd_kernel, _grid(N, D, config),
             x, dy, dx, x.stride(0), dy.stride(0), N, D,
             COMPUTE=triton_dtype(accumulator(x.dtype)), **config,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -161,13 +162,15 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, T
             **_softmax_fwd_config(D),
         }
         if "BLOCK_N" in options:
-            _softmax_fwd_kernel[(cdiv(N, options["BLOCK_N"]),)](
-                x, mask, y, top, total, x.stride(0), *mask_strides, N, H, T, D, **options
-            )
+            launch(
+                _softmax_fwd_kernel, (cdiv(N, options["BLOCK_N"]),),
+                x, mask, y, top, total, x.stride(0), *mask_strides, N, H, T, D, **options,
+            )  # fmt: skip
         else:
-            _softmax_fwd_wide_kernel[(N,)](
-                x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D, **options
-            )
+            launch(
+                _softmax_fwd_wide_kernel, (N,),
+                x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D, **options,
+            )  # fmt: skip
     return y, top, total
 
 
@@ -282,13 +285,15 @@ def softmax_bwd(
             **_softmax_bwd_config(D),
         }
         if "BLOCK_N" in options:
-            _softmax_bwd_kernel[(cdiv(N, options["BLOCK_N"]),)](
-                x, mask, top, total, dy, dx, *strides, N, H, T, D, **options
-            )
+            launch(
+                _softmax_bwd_kernel, (cdiv(N, options["BLOCK_N"]),),
+                x, mask, top, total, dy, dx, *strides, N, H, T, D, **options,
+            )  # fmt: skip
         else:
-            _softmax_bwd_wide_kernel[(N,)](
-                x, mask, top, total, dy, dx, *strides, H, T, D, **options
-            )
+            launch(
+                _softmax_bwd_wide_kernel, (N,),
+                x, mask, top, total, dy, dx, *strides, H, T, D, **options,
+            )  # fmt: skip
     return (dx,)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -187,10 +188,16 @@ def sparsemax_fwd(x: Tensor) -> tuple[Tensor]:
         N, D = x.shape
         options = {"COMPUTE": triton_dtype(accumulator(x.dtype)), **_sparsemax_config(D)}
         if D > _WIDEST:
-            _sparsemax_fwd_wide_kernel[(N,)](x, y, x.stride(0), D, **options)
+            launch(
+                _sparsemax_fwd_wide_kernel, (N,),
+                x, y, x.stride(0), D, **options,
+            )  # fmt: skip
         else:
             grid = (cdiv(N, options["BLOCK_N"]),)
-            _sparsemax_fwd_kernel[grid](x, y, x.stride(0), N, D, **options)
+            launch(
+                _sparsemax_fwd_kernel, grid,
+                x, y, x.stride(0), N, D, **options,
+            )  # fmt: skip
     return (y,)
 
 
@@ -202,11 +209,15 @@ def sparsemax_bwd(x: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
         N, D = y.shape
         options = {"COMPUTE": triton_dtype(accumulator(y.dtype)), **_sparsemax_config(D)}
         if D > _WIDEST:
-            _sparsemax_bwd_wide_kernel[(N,)](y, dy, dx, y.stride(0), dy.stride(0), D, **options)
+            launch(
+                _sparsemax_bwd_wide_kernel, (N,),
+                y, dy, dx, y.stride(0), dy.stride(0), D, **options,
+            )  # fmt: skip
         else:
-            _sparsemax_bwd_kernel[(cdiv(N, options["BLOCK_N"]),)](
-                y, dy, dx, y.stride(0), dy.stride(0), N, D, **options
-            )
+            launch(
+                _sparsemax_bwd_kernel, (cdiv(N, options["BLOCK_N"]),),
+                y, dy, dx, y.stride(0), dy.stride(0), N, D, **options,
+            )  # fmt: skip
     return (dx,)
 
 

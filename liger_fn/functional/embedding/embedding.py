@@ -19,6 +19,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -170,9 +171,10 @@ def embedding_fwd(input: Tensor, weight: Tensor, padding_idx: int | None) -> tup
         numbers, weight = unit_stride(input.reshape(-1)), as_rows(weight)
         N = numbers.numel()
         config = _embedding_fwd_config(D)
-        _embedding_fwd_kernel[(cdiv(N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"]),)](
-            numbers, weight, y, weight.stride(0), N, weight.shape[0], D, **config
-        )
+        launch(
+            _embedding_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"]),),
+            numbers, weight, y, weight.stride(0), N, weight.shape[0], D, **config,
+        )  # fmt: skip
     return (y,)
 
 
@@ -195,13 +197,15 @@ def embedding_bwd(
 
         options = {"CHUNK": _CHUNK, "COMPUTE": triton_dtype(compute)}
         config = _embedding_bwd_config(D)
-        _embedding_bwd_kernel[(N * cdiv(D, config["BLOCK_D"]),)](
-            numbers, order, dy, dweight, parts, dy.stride(0), N, V, D, **options, **config
-        )
+        launch(
+            _embedding_bwd_kernel, (N * cdiv(D, config["BLOCK_D"]),),
+            numbers, order, dy, dweight, parts, dy.stride(0), N, V, D, **options, **config,
+        )  # fmt: skip
         config = _embedding_bwd_parts_config(D)
-        _embedding_bwd_parts_kernel[(chunks * cdiv(D, config["BLOCK_D"]),)](
-            numbers, parts, dweight, N, V, D, **options, **config
-        )
+        launch(
+            _embedding_bwd_parts_kernel, (chunks * cdiv(D, config["BLOCK_D"]),),
+            numbers, parts, dweight, N, V, D, **options, **config,
+        )  # fmt: skip
     return (dweight,)
 
 

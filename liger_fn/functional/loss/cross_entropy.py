@@ -108,15 +108,13 @@ def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_inde
 def weight_of(
     target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight of the rows that count; infinity, which makes a mean 0, if none does."""
-    target = target.long()
+    """The weight of the rows that count; of none, a number by which their loss, 0, divides to 0."""
     counts = target != ignore_index
     if class_weight is None:
-        weight = counts.sum().to(dtype)
-    else:
-        t = target.clamp(0, class_weight.shape[0] - 1)
-        # Detached, for class weights are constants: the losses give them no gradient either.
-        weight = (class_weight.detach().to(dtype)[t] * counts).sum()
+        return counts.sum(dtype=dtype).clamp(min=1.0)
+    t = target.long().clamp(0, class_weight.shape[0] - 1)
+    # Detached, for class weights are constants: the losses give them no gradient either.
+    weight = (class_weight.detach().to(dtype)[t] * counts).sum()
     return weight.masked_fill(weight == 0, math.inf)
 
 
@@ -227,11 +225,13 @@ def _cross_entropy_kernel(
 
     if NEED_DLOGITS:
         pull = hit + SMOOTHING * total_weight / V + 2.0 * Z_LOSS * lse
-        pull = tl.where(known, pull, float("nan"))
         share = tl.full((), SMOOTHING, COMPUTE) / V
         g = tl.full((), UNIT, COMPUTE)
         if HAS_DLOSS:
             g *= tl.load(dloss_ptr + row * dloss_stride_n).to(COMPUTE)
+        # A row that does not count is read as zeros, and multiplied by zero.
+        g = tl.where(live, tl.where(known, g, float("nan")), 0.0)
+        pull, hit, share = g * pull, g * hit, g * share
         first = tl.program_id(1) * slab
         last = tl.minimum(first + slab, width)
         readable = tl.where(live, last, 0)
@@ -252,7 +252,7 @@ def _cross_entropy_kernel(
                 else:
                     dz -= share
             dz = tl.where(col == t, dz - hit, dz)
-            dx = tl.where(live, g * dz * _slope(z, SCALE, CAP), 0.0)
+            dx = dz * _slope(z, SCALE, CAP)
             tl.store(
                 dlogits_ptr + row * dlogits_stride_n + col, dx, mask=col < last,
                 eviction_policy="evict_first" if NEED_LOSS else "",

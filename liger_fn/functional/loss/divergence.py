@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from liger_fn.functional.core import check
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -248,7 +249,8 @@ def divergence_fwd(
     if has_work(loss):
         input, target = batches(input), batches(target)
         T, V = input.shape[1:]
-        _divergence_fwd_kernel[(input.shape[0] * T,)](
+        launch(
+            _divergence_fwd_kernel, (input.shape[0] * T,),
             input, target, _flat(labels), loss,
             input.stride(0), input.stride(1), target.stride(0), target.stride(1),
             T, V, ignore_index,
@@ -279,7 +281,8 @@ def divergence_bwd(
         dloss = as_rows(dloss) if per_element else dloss.reshape(-1)
         input, target = batches(input), batches(target)
         T, V = input.shape[1:]
-        _divergence_bwd_kernel[(input.shape[0] * T, cdiv(V, _SLAB))](
+        launch(
+            _divergence_bwd_kernel, (input.shape[0] * T, cdiv(V, _SLAB)),
             input, target, _flat(labels), dloss, dinput, dtarget,
             input.stride(0), input.stride(1), target.stride(0), target.stride(1), dloss.stride(0),
             T, V, _SLAB, ignore_index,

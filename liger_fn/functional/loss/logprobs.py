@@ -25,6 +25,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -276,7 +277,8 @@ def launch_fwd(
     V = logits.shape[-1]
     logits = _by_row(logits)
     lse, entropy, top1 = rows[1:4]
-    _logprobs_fwd_kernel[(target.numel(),)](
+    launch(
+        _logprobs_fwd_kernel, (target.numel(),),
         logits, unit_stride(target.reshape(-1)), *rows,
         logits.stride(0), logits.stride(1), logits.shape[1], V, V if width is None else width,
         ignore_index,
@@ -308,7 +310,8 @@ def launch_bwd(
     width = V if width is None else width
     highest, log_sum, entropy = (unit_stride(t) for t in kept)
     dlogp, dlse, dentropy = (None if d is None else d.reshape(-1) for d in cotangents)
-    _logprobs_bwd_kernel[(target.numel(), cdiv(width, _SLAB))](
+    launch(
+        _logprobs_bwd_kernel, (target.numel(), cdiv(width, _SLAB)),
         logits, unit_stride(target.reshape(-1)), highest, log_sum, entropy,
         dlogp, dlse, dentropy, dlogits,
         logits.stride(0), logits.stride(1), dlogits.stride(-2) if dlogits.dim() > 1 else 0,

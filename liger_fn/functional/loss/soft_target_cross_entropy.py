@@ -19,6 +19,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,
@@ -157,7 +158,8 @@ def soft_target_cross_entropy_fwd(
     if has_work(loss):
         logits, target = divergence.batches(logits), divergence.batches(target)
         B, T, V = logits.shape
-        _soft_target_cross_entropy_fwd_kernel[(B * T,)](
+        launch(
+            _soft_target_cross_entropy_fwd_kernel, (B * T,),
             logits, target, loss, top, log_sum, mass,
             logits.stride(0), logits.stride(1), target.stride(0), target.stride(1), T, V,
             SMOOTHING=label_smoothing, SCALE=logit_scale, LOWEST=torch.finfo(compute).min,
@@ -185,7 +187,8 @@ def soft_target_cross_entropy_bwd(
         logits, target = divergence.batches(logits), divergence.batches(target)
         dloss = dloss.reshape(-1)
         B, T, V = logits.shape
-        _soft_target_cross_entropy_bwd_kernel[(B * T, cdiv(V, _SLAB))](
+        launch(
+            _soft_target_cross_entropy_bwd_kernel, (B * T, cdiv(V, _SLAB)),
             logits, target, *(unit_stride(t) for t in (top, log_sum, mass)), dloss,
             dlogits, dtarget,
             logits.stride(0), logits.stride(1), target.stride(0), target.stride(1),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from liger_fn.functional.core import check
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -251,7 +252,8 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
     widest = _widest_fwd(itemsize, centred)
     if widest < D:
         return {"BLOCK_D": 8192, "num_warps": 16}
-    block_d, pieces = _blocks(D)
+    exact = D & -D
+    block_d, pieces = (exact, D // exact) if exact >= 512 and 7 * exact >= D else _blocks(D)
     width = block_d * pieces
     block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
     num_warps = min(32, max(4, next_power_of_2(block_n * width // 1024)))
@@ -282,12 +284,14 @@ def norm_fwd(
         config = _fwd_config(D, x.element_size(), centred)
         options = {"EPS": eps, "OFFSET": offset, "CAST": cast, "COMPUTE": triton_dtype(rstd.dtype)}
         if "PIECES" in config:
-            _norm_fwd_kernel[(cdiv(N, config["BLOCK_N"]),)](
+            launch(
+                _norm_fwd_kernel, (cdiv(N, config["BLOCK_N"]),),
                 x, residual, weight, bias, y, s, mean, rstd,
                 x.stride(0), residual_stride_n, N, D, **options, **config,
             )  # fmt: skip
         else:
-            _norm_fwd_wide_kernel[(N,)](
+            launch(
+                _norm_fwd_wide_kernel, (N,),
                 x, residual, weight, bias, y, s, mean, rstd,
                 x.stride(0), residual_stride_n, D, **options, **config,
             )  # fmt: skip
@@ -486,9 +490,10 @@ def _sums_of_parts(
         (part, out), (more_part, more_out) = given[0], given[1] if given[1:] else (None, None)
         P, D = part.shape
         config = _add_parts_config(D)
-        _add_parts_kernel[(cdiv(D, config["BLOCK_D"]), len(given))](
-            part, out, more_part, more_out, P, D, **config
-        )
+        launch(
+            _add_parts_kernel, (cdiv(D, config["BLOCK_D"]), len(given)),
+            part, out, more_part, more_out, P, D, **config,
+        )  # fmt: skip
     return sums
 
 
@@ -498,29 +503,41 @@ def _widest_bwd(itemsize: int, centred: bool) -> int:
 
 
 def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
-    """Sixteen numbers a thread: x̂, g and the share of dweight are live at once, four bytes each.
+    """16 to 24 numbers a thread: x̂, g and the share of dweight are live at once, four bytes each.
 
-    `per_sm` programs fit on a multiprocessor together; while one adds up a row, the next rows of
-    all of them are on their way. Beyond 8192 columns that takes all registers, in blocks of which
-    a thread has few numbers at a time, and the weight is read anew for each row.
+    Half of a multiprocessor's threads, or fewer, have registers for that: `per_sm` programs. While
+    one adds up its rows, the next rows of all of them are on their way, two steps ahead where they
+    take two bytes an element. Beyond 8192 columns a row takes all registers, in blocks of which a
+    thread has few numbers at a time, and the weight is read anew for each row.
     """
     widest = _widest_bwd(itemsize, centred)
     if widest < D:
         return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
-    narrow = D <= 8192
-    block_d, pieces = _blocks(D, 8192 if narrow else 4096)
+    if D > 8192:
+        block_d, pieces = _blocks(D, 4096)
+        return _bwd_tile(
+            1, block_d, pieces, 1, min(32, next_power_of_2(block_d * pieces // 512)), 1
+        )
+    stages = 3 if itemsize == 2 else 2
+    if D <= 256:
+        block_d = next_power_of_2(D)
+        return _bwd_tile(min(32, 1024 // block_d), block_d, 1, stages, 2, 4)
+    if D <= 2048:
+        block_d = next_power_of_2(D)
+        return _bwd_tile(4096 // block_d, block_d, 1, stages, 8, 2)
+    block_d, pieces = _blocks(D, 8192)
     width = block_d * pieces
-    block_n = min(32, 1 << max(0, (2048 // width).bit_length() - 1))
-    num_warps = min(32, max(4, next_power_of_2(block_n * width // 512)))
-    return {
-        "BLOCK_N": block_n,
-        "BLOCK_D": block_d,
-        "PIECES": pieces,
-        "STAGES": 2 if narrow else 1,
-        "HOLD_WEIGHT": narrow,
-        "num_warps": num_warps,
-        "per_sm": max(1, 16 // num_warps),
-    }
+    if width == 4096:
+        return _bwd_tile(2, block_d, pieces, stages, 16, 1)
+    return _bwd_tile(
+        1, block_d, pieces, stages, next_power_of_2(width // 768), 2 if width < 4096 else 1
+    )
+
+
+def _bwd_tile(n: int, block_d: int, pieces: int, stages: int, warps: int, per_sm: int) -> dict:
+    tile = {"BLOCK_N": n, "BLOCK_D": block_d, "PIECES": pieces}
+    held = {"STAGES": stages, "HOLD_WEIGHT": stages > 1}
+    return tile | held | {"num_warps": warps, "per_sm": per_sm}
 
 
 def _strips(N: int, block_n: int, programs: int) -> tuple[int, int]:
@@ -560,16 +577,19 @@ def norm_bwd(
     options = {"OFFSET": offset, "COMPUTE": triton_dtype(rstd.dtype), **config}
 
     if "PIECES" in config:
-        _norm_bwd_kernel[(programs,)](
-            x, weight, mean, rstd, dy, ds, dx, *parts, *strides, N, D, strip, **options
-        )
+        launch(
+            _norm_bwd_kernel, (programs,),
+            x, weight, mean, rstd, dy, ds, dx, *parts, *strides, N, D, strip, **options,
+        )  # fmt: skip
     else:
         if need_dx:
-            _norm_bwd_wide_dx_kernel[(N,)](
-                x, weight, mean, rstd, dy, ds, dx, *strides, D, **options
-            )
+            launch(
+                _norm_bwd_wide_dx_kernel, (N,),
+                x, weight, mean, rstd, dy, ds, dx, *strides, D, **options,
+            )  # fmt: skip
         if need_dweight or need_dbias:
-            _norm_bwd_wide_dweight_kernel[(cdiv(D, 256), programs)](
+            launch(
+                _norm_bwd_wide_dweight_kernel, (cdiv(D, 256), programs),
                 x, mean, rstd, dy, *parts, *strides[:2], N, D, strip,
                 COMPUTE=options["COMPUTE"], BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
             )  # fmt: skip
