@@ -5,7 +5,7 @@ import torch
 from liger_fn.functional import fused_add_rms_norm
 from liger_fn.functional.norm import fused_add_rms_norm as room
 from liger_fn.testing.spec import BadCall, Case, OpSpec
-from liger_fn.testing.specs.norm import benchmarks, compilations, feature_errors
+from liger_fn.testing.specs.norm import benchmarks, compilations, feature_errors, launches
 from liger_fn.testing.specs.rms_norm import as_hugging_face
 
 
@@ -115,6 +115,7 @@ SPEC = OpSpec(
         ),
     ),
     kernels=compilations(residual=True),
+    launches=launches(),
     benchmarks=benchmarks(both, 8, 8),
     # Twice 2^31 elements must fit, and their sum, and its gradient.
     huge=Case(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from liger_fn.functional import layer_norm
 from liger_fn.functional.norm import layer_norm as room
 from liger_fn.testing.spec import BadCall, Case, OpSpec
-from liger_fn.testing.specs.norm import benchmarks, compilations, feature_errors
+from liger_fn.testing.specs.norm import benchmarks, compilations, feature_errors, launches
 
 
 def case(*shape: int, weight: bool = True, bias: bool = True, id: str = "", **options) -> Case:
@@ -89,6 +89,7 @@ SPEC = OpSpec(
         ),
     ),
     kernels=compilations(centred=True),
+    launches=launches(),
     benchmarks=benchmarks(
         lambda d, N, D: {"x": d.normal(N, D), "weight": d.normal(D), "bias": d.normal(D)}, 4, 6
     ),

@@ -7,7 +7,15 @@ import torch
 import triton.language as tl
 
 from liger_fn.functional.norm import rows
-from liger_fn.testing.spec import Arguments, BadCall, Benchmark, Compilation, Draw
+from liger_fn.testing.spec import (
+    Arguments,
+    BadCall,
+    Benchmark,
+    Compilation,
+    Draw,
+    Launch,
+    around,
+)
 
 _SHAPES = (
     (8192, 4096),
@@ -32,6 +40,17 @@ def benchmarks(
             bytes_bwd=bytes_bwd * N * D,
         )
         for N, D in _SHAPES
+    )
+
+
+def launches() -> tuple[Launch, ...]:
+    forward = around(BLOCK_N=(1, 2, 4, 8, 16, 32), num_warps=(2, 4, 8, 16, 32))
+    backward = around(
+        BLOCK_N=(1, 2, 4, 8), STAGES=(1, 2), num_warps=(4, 8, 16), per_sm=(1, 2, 4, 8)
+    )
+    return (
+        Launch(rows, "_fwd_config", "fwd", forward),
+        Launch(rows, "_bwd_config", "bwd", backward),
     )
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from liger_fn.functional import rms_norm
 from liger_fn.functional.norm import rms_norm as room
 from liger_fn.testing.spec import BadCall, Case, OpSpec
-from liger_fn.testing.specs.norm import benchmarks, compilations, feature_errors
+from liger_fn.testing.specs.norm import benchmarks, compilations, feature_errors, launches
 
 
 def case(*shape: int, weight: bool = True, id: str = "", **options) -> Case:
@@ -91,6 +91,7 @@ SPEC = OpSpec(
         ),
     ),
     kernels=compilations(),
+    launches=launches(),
     benchmarks=benchmarks(lambda d, N, D: {"x": d.normal(N, D), "weight": d.normal(D)}, 4, 6),
     huge=huge(),
 )
