@@ -15,10 +15,15 @@ INF, NAN = math.inf, math.nan
 @pytest.fixture(params=["one tile", "along the row"])
 def pass_over_the_row(request, monkeypatch):
     """Both kernels of a pass give what softmax says, whatever the width."""
+    kept = room._softmax_fwd_with, room._softmax_bwd_with
     if request.param == "along the row":
-        config = {"BLOCK_D": 2, "num_warps": 1}
-        monkeypatch.setattr(room, "_softmax_fwd_config", lambda D: config)
-        monkeypatch.setattr(room, "_softmax_bwd_config", lambda D: config)
+        for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
+            monkeypatch.setattr(room, name, lambda D: {"BLOCK_D": 2, "num_warps": 1})
+    for kernels in kept:
+        kernels.cache_clear()
+    yield
+    for kernels in kept:
+        kernels.cache_clear()
 
 
 def rows(device, *rows):

@@ -14,12 +14,15 @@ A row that fits into a program's registers is read once. A wider one is read twi
 backwards: what was read last is still in the first- and second-level cache.
 """
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import MOST, Bound
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -63,10 +66,10 @@ def _load_logits(
     return tl.where(inside, z, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "T"])
 def _softmax_fwd_kernel(
     x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
-    x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, N, H, T, D,
+    x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D, N,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, LOWEST: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +93,7 @@ def _softmax_fwd_kernel(
     tl.store(total_ptr + row, total, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def _softmax_fwd_wide_kernel(
     x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D,
@@ -145,6 +148,25 @@ def _softmax_fwd_config(D: int) -> dict:
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 1024)}
 
 
+@functools.lru_cache(MOST)
+def _softmax_fwd_with(D: int, scale: float, has_mask: bool, dtype: torch.dtype) -> Bound:
+    config, compute = _softmax_fwd_config(D), accumulator(dtype)
+    return Bound(
+        _softmax_fwd_kernel if "BLOCK_N" in config else _softmax_fwd_wide_kernel,
+        SCALE=scale, HAS_MASK=has_mask, LOWEST=torch.finfo(compute).min,
+        COMPUTE=triton_dtype(compute), **config,
+    )  # fmt: skip
+
+
+def _launch(kernel: Bound, N: int, *args: Any) -> None:
+    """Launch the kernel of several rows, or the one of a wide row, which need not know N."""
+    block_n = kernel.constants.get("BLOCK_N")
+    if block_n:
+        kernel((cdiv(N, block_n),), *args, N)
+    else:
+        kernel((N,), *args)
+
+
 def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     y = dense_like(x)
     top = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
@@ -154,23 +176,8 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, T
         x = as_rows(x)
         N, D = x.shape
         mask, (H, T), mask_strides = _rows_of_mask(mask)
-        options = {
-            "SCALE": scale,
-            "HAS_MASK": mask is not None,
-            "LOWEST": torch.finfo(top.dtype).min,
-            "COMPUTE": triton_dtype(top.dtype),
-            **_softmax_fwd_config(D),
-        }
-        if "BLOCK_N" in options:
-            launch(
-                _softmax_fwd_kernel, (cdiv(N, options["BLOCK_N"]),),
-                x, mask, y, top, total, x.stride(0), *mask_strides, N, H, T, D, **options,
-            )  # fmt: skip
-        else:
-            launch(
-                _softmax_fwd_wide_kernel, (N,),
-                x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D, **options,
-            )  # fmt: skip
+        kernel = _softmax_fwd_with(D, scale, mask is not None, x.dtype)
+        _launch(kernel, N, x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D)
     return y, top, total
 
 
@@ -195,11 +202,11 @@ def _rows_of_mask(
     return mask.view(torch.uint8), (H, T), (b, h, t, mask.stride(-1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "T"])
 def _softmax_bwd_kernel(
     x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n,
-    N, H, T, D,
+    H, T, D, N,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +228,7 @@ def _softmax_bwd_kernel(
     tl.store(dx_ptr + row[:, None] * D + col, dx, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def _softmax_bwd_wide_kernel(
     x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n, H, T, D,
@@ -263,6 +270,15 @@ def _softmax_bwd_config(D: int) -> dict:
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 512)}
 
 
+@functools.lru_cache(MOST)
+def _softmax_bwd_with(D: int, scale: float, has_mask: bool, dtype: torch.dtype) -> Bound:
+    config = _softmax_bwd_config(D)
+    return Bound(
+        _softmax_bwd_kernel if "BLOCK_N" in config else _softmax_bwd_wide_kernel,
+        SCALE=scale, HAS_MASK=has_mask, COMPUTE=triton_dtype(accumulator(dtype)), **config,
+    )  # fmt: skip
+
+
 def softmax_bwd(
     x: Tensor,
     mask: Tensor | None,
@@ -277,23 +293,9 @@ def softmax_bwd(
         x, dy, top, total = as_rows(x), as_rows(dy), unit_stride(top), unit_stride(total)
         N, D = x.shape
         mask, (H, T), mask_strides = _rows_of_mask(mask)
-        strides = (x.stride(0), *mask_strides, dy.stride(0))
-        options = {
-            "SCALE": scale,
-            "HAS_MASK": mask is not None,
-            "COMPUTE": triton_dtype(top.dtype),
-            **_softmax_bwd_config(D),
-        }
-        if "BLOCK_N" in options:
-            launch(
-                _softmax_bwd_kernel, (cdiv(N, options["BLOCK_N"]),),
-                x, mask, top, total, dy, dx, *strides, N, H, T, D, **options,
-            )  # fmt: skip
-        else:
-            launch(
-                _softmax_bwd_wide_kernel, (N,),
-                x, mask, top, total, dy, dx, *strides, H, T, D, **options,
-            )  # fmt: skip
+        strides = x.stride(0), *mask_strides, dy.stride(0)
+        kernel = _softmax_bwd_with(D, scale, mask is not None, x.dtype)
+        _launch(kernel, N, x, mask, top, total, dy, dx, *strides, H, T, D)
     return (dx,)
 
 
