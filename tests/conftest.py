@@ -75,3 +75,12 @@ def inputs(model):
 def device() -> torch.device:
     """The device that kernels run on here: the GPU, or the CPU through the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_device(device):
+    """The kernels on a GPU, the references on the CPU: who uses the ops is in question."""
+    from liger_fn.functional import using
+
+    with using("kernels" if device.type == "cuda" else "reference"):
+        yield device

@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._guards import CompileContext, compile_context
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama import modeling_llama
 
@@ -155,6 +156,20 @@ def test_rope_stays_until_its_last_user_goes(no_other_users, model):
     apply(other, ops=["rope"])
     del other, second
     gc.collect()
+    assert modeling_llama.apply_rotary_pos_emb is original
+
+
+def test_rope_stays_while_another_model_is_compiled(no_other_users):
+    """A collection may come at any time, and Dynamo does not expect functions to change."""
+    original = modeling_llama.apply_rotary_pos_emb
+    model = tiny_model("llama")
+    apply(model, ops=["rope"])
+    replaced = modeling_llama.apply_rotary_pos_emb
+    with compile_context(CompileContext(None)):
+        del model
+        gc.collect()
+        assert modeling_llama.apply_rotary_pos_emb is replaced
+    apply(tiny_model("llama"), ops=["rope"]).undo()
     assert modeling_llama.apply_rotary_pos_emb is original
 
 

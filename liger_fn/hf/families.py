@@ -232,12 +232,14 @@ def _norm_forward(norm, family, names, eps, options, any_dtype):
     is_written = isinstance(eps, float)
 
     def forward(self, x):
-        parameters = {name: getattr(self, name) for name in names}
-        if not any_dtype and any(p.dtype != x.dtype for p in parameters.values()):
-            return type(self).forward(self, x)
+        parameters, dtype = {}, x.dtype
+        for name in names:
+            parameters[name] = getattr(self, name)
+            if parameters[name].dtype != dtype and not any_dtype:
+                return type(self).forward(self, x)
         # Autocast makes float32 of what torch's norms get; what is float32 already stays so.
-        in_float32 = is_torch_s_own and x.dtype == F32
-        if autocasts and not in_float32 and autocast_dtype(x.device.type) is not None:
+        may_change = autocasts and not (is_torch_s_own and dtype == F32)
+        if may_change and autocast_dtype(x.device.type) is not None:
             return type(self).forward(self, x)
         if family.offset:
             parameters["weight"] = parameters["weight"] + family.offset

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._guards import CompileContext
 from transformers import PreTrainedModel
 
 from liger_fn.hf.families import FAMILIES, Place
@@ -119,11 +120,19 @@ class Rotary:
 
     def serve(self, model: nn.Module) -> None:
         self.users.add(model)
-        weakref.finalize(model, self._restore_if_unused).atexit = False
+        weakref.finalize(model, self._forget).atexit = False
 
     def release(self, model: nn.Module) -> None:
         self.users.discard(model)
         self._restore_if_unused()
+
+    def _forget(self) -> None:
+        """A user was collected; whatever ran meanwhile may be Dynamo, which has read the function.
+
+        It then stays until it is asked for again: it computes the same.
+        """
+        if CompileContext.try_get() is None:
+            self._restore_if_unused()
 
     def _restore_if_unused(self) -> None:
         key = (id(self.namespace), self.name)

@@ -116,6 +116,8 @@ def _deferring(run: Callable) -> Callable:
         # None where another library still calls this after it was undone.
         mode = getattr(self, "_liger_mode", None)
         head = _head_at(self, self._liger_head) if mode and has_labels else None
+        if torch.compiler.is_compiling() and getattr(self, "_liger_breaks", False):
+            head = None
         if head is None or not (defers or mode == PLAIN):
             return run(self, *args, **kwargs)
         with deferring(head, mode):
@@ -175,8 +177,24 @@ def defer(model: nn.Module, mode: str) -> str:
         swap(head, DeferringHead)
     if not isinstance(model, DeferringModel):
         _swap_model(model)
-    model.__dict__.update(_liger_mode=mode, _liger_head=path)
+    breaks = _breaks_when_compiled(model, path)
+    model.__dict__.update(_liger_mode=mode, _liger_head=path, _liger_breaks=breaks)
     return path
+
+
+def _breaks_when_compiled(model: nn.Module, path: str) -> bool:
+    """Say whether the code around the head does what Dynamo takes from real tensors only.
+
+    It asks a `Deferred` about F.cross_entropy and torch.tanh, but not about the module
+    CrossEntropyLoss, nor about F.tanh.
+    """
+    owners, module = [model], model
+    for name in path.split(".")[:-1]:
+        module = getattr(module, name)
+        owners.append(module)
+    forwards: list[Any] = [inspect.unwrap(type(owner).forward) for owner in owners]
+    words = [set(getattr(getattr(f, "__code__", None), "co_names", ())) for f in forwards]
+    return any("CrossEntropyLoss" in said or {"functional", "tanh"} <= said for said in words)
 
 
 def _wraps_own(model: nn.Module) -> bool:

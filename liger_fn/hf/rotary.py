@@ -60,14 +60,15 @@ class Form:
 
     def __call__(self, layout: str, cos: torch.Tensor, sin: torch.Tensor, *xs: Any) -> Any:
         """Rotate one or two tensors; return what the original function returns."""
-        rotated, interleaved = self.rotated(cos), self.options.get("interleaved", False)
+        options, rotated = self.options, self.rotated(cos)
+        interleaved = "interleaved" in options
         if self.angles != ("pairs" if interleaved else "halves"):
             cos, sin = (ANGLES[self.angles][1](c) for c in (cos, sin))
-        if self.options.get("backwards"):
+        if "backwards" in options:
             sin = -sin
         if self.promotes:
             xs = tuple(x.to(torch.promote_types(x.dtype, cos.dtype)) for x in xs)
-        if self.options.get("weave"):
+        if "weave" in options:
             xs = tuple(_halves_apart(x, rotated) for x in xs)
         q, k = xs if len(xs) == 2 else (*xs, None)
         return functional.rope(
@@ -102,22 +103,25 @@ class Domain:
 
     def layout(self, unsqueeze_dim: Any, cos: Any, sin: Any, *xs: Any) -> str | None:
         """The layout of a call, or None if nothing was proved about it. Called in every layer."""
-        if cos is None or sin is None or cos.dim() != 3 or cos.shape != sin.shape:
+        if cos is None or sin is None:
             return None
+        size = cos.shape
         # Learned angles: the op gives them no gradient.
-        if cos.requires_grad or sin.requires_grad:
+        if len(size) != 3 or sin.shape != size or cos.requires_grad or sin.requires_grad:
             return None
-        batch, tokens, _ = cos.shape
-        rotated, first, layout = self.form.rotated(cos), xs[0], None
+        batch, tokens, _ = size
+        rotated, dtype, width = self.form.rotated(cos), xs[0].dtype, xs[0].shape[-1]
+        layout = self.calls.get((unsqueeze_dim, rotated < width, cos.dtype != dtype))
+        if layout is None or rotated > width:
+            return None
+        at = layout.index("t")
         for x in xs:
-            if x is None or x.dim() != 4 or x.dtype != first.dtype:
+            if x is None:
                 return None
             size = x.shape
-            call = (unsqueeze_dim, rotated < size[-1], cos.dtype != x.dtype)
-            layout = self.calls.get(call)
-            if layout is None or rotated > size[-1] or size[-1] != first.shape[-1]:
+            if len(size) != 4 or size[3] != width or x.dtype != dtype:
                 return None
-            if size[layout.index("t")] != tokens or batch not in (1, size[0]):
+            if size[at] != tokens or (batch != 1 and batch != size[0]):
                 return None
         return layout
 
@@ -158,6 +162,8 @@ def guarded(function: Callable, domain: Domain) -> Callable:
     default = _default_axis(function)
 
     def axis_of(args, kwargs):
+        if not args and not kwargs:
+            return default
         known = not args and all(v is None for k, v in kwargs.items() if k != "unsqueeze_dim")
         return kwargs.get("unsqueeze_dim", default) if known else "unknown"
 
