@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_fn.functional import logprobs, using
+from liger_fn.testing.call import Recorder
 
 ALL = {"lse": True, "entropy": True, "top1": True}
 
@@ -149,3 +150,15 @@ def test_nan_spoils_its_row(device, where):
     rows = logprobs(logits, torch.tensor([1, 1], device=device), lse=True, entropy=True)
     for r in rows[:3]:
         assert r.isnan().tolist() == [True, False]
+
+
+def test_what_is_only_reported_costs_no_backward_work(device):
+    """The entropy of a log, say: it gets no gradient, not one of zeros."""
+    logits = torch.randn(3, 5, device=device, requires_grad=True)
+    with using("kernels"), Recorder() as recorder:
+        rows = logprobs(logits, torch.tensor([0, 1, 2], device=device), lse=True, entropy=True)
+        rows.logp.sum().backward()
+    ((_, _), (backward, arguments)) = recorder.calls
+    given = {a.name: value for a, value in zip(backward._schema.arguments, arguments, strict=True)}
+    assert given["dlogp"] is not None
+    assert [given["dlse"], given["dentropy"], given["dtop1"]] == [None, None, None]

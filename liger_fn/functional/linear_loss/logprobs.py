@@ -168,6 +168,7 @@ _fused_linear_logprobs = custom_vjp(
     results="logp lse entropy top1",
     residuals="highest log_sum",
     grads="weight x bias",
+    unused=True,
     rows="x y logp lse entropy top1 highest log_sum",
     autocast="weight x bias",
 )

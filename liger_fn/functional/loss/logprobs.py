@@ -382,6 +382,7 @@ _logprobs = custom_vjp(
     results="logp lse entropy top1",
     residuals="highest log_sum",
     grads="logits",
+    unused=True,
     rows="logits target logp lse entropy top1 highest log_sum",
 )
 
