@@ -140,6 +140,16 @@ def embedding(input: Tensor, weight: Tensor, *, padding_idx: int | None = None) 
     return F.embedding(input, weight, padding_idx)
 
 
+def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The paper's module."""
+    return torch.tanh(alpha * x) * weight + bias
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Qwen3NextRMSNormGated."""
+    return (rms_norm(x, weight, eps=eps) * F.silu(gate.float())).to(x.dtype)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

@@ -198,6 +198,10 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def dyt(self):
+        from liger_kernel.transformers.functional import liger_dyt
+
+        return lambda x, alpha, weight, bias: liger_dyt(x, alpha, weight, bias)
 
     def sparsemax(self):
         from liger_kernel.transformers.functional import liger_sparsemax

@@ -16,6 +16,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 import liger_fn.functional as LF
 import liger_fn.nn as lnn
@@ -194,6 +196,20 @@ def test_sparsemax_is_its_function():
     x = torch.randn(3, 4, 5)
     torch.testing.assert_close(lnn.Sparsemax(dim=1)(x), LF.sparsemax(x, dim=1))
     assert "dim=1" in repr(lnn.Sparsemax(dim=1))
+
+
+def test_gated_norms_are_hugging_faces():
+    x, gate = torch.randn(2, 3, 5, 24).unbind()
+    assert_same(lnn.GatedRMSNorm(24, cast_before_weight=True), Qwen3NextRMSNormGated(24), x, gate)
+    ours = lnn.GatedRMSNorm(24, gate_first=True, groups=3, cast_before_weight=True)
+    assert_same(ours, Zamba2RMSNormGated(24, group_size=8), x, gate)
+    assert "groups=3" in repr(ours)
+
+
+def test_dyt_starts_as_a_tanh():
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(lnn.DyT(24)(x), torch.tanh(0.5 * x))
+    assert list(lnn.DyT(24).state_dict()) == ["alpha", "weight", "bias"]
 
 
 @pytest.mark.parametrize("log_target", [False, True])

@@ -22,18 +22,22 @@ from liger_fn.functional.loss.kl_div import kl_div
 from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
+from liger_fn.functional.norm.dyt import dyt
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
+from liger_fn.functional.norm.gated_rms_norm import gated_rms_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 
 __all__ = [
     "cross_entropy",
+    "dyt",
     "embedding",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
     "gated_activation",
+    "gated_rms_norm",
     "geglu",
     "jsd",
     "kl_div",

@@ -6,7 +6,9 @@ purpose, so a checkpoint of the one loads into the other.
 
 from liger_fn.nn.activation import ReLUSquared, Softmax, Sparsemax
 from liger_fn.nn.divergence import JSDLoss, KLDivLoss, SoftTargetCrossEntropyLoss, TVDLoss
+from liger_fn.nn.dyt import DyT
 from liger_fn.nn.embedding import Embedding
+from liger_fn.nn.gated_norm import GatedRMSNorm
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
@@ -22,6 +24,7 @@ from liger_fn.nn.preference import (
 
 __all__ = [
     "CrossEntropyLoss",
+    "DyT",
     "Embedding",
     "FusedAddRMSNorm",
     "FusedLinearCPOLoss",
@@ -31,6 +34,7 @@ __all__ = [
     "FusedLinearKTOLoss",
     "FusedLinearORPOLoss",
     "FusedLinearSimPOLoss",
+    "GatedRMSNorm",
     "GeGLUMLP",
     "JSDLoss",
     "KLDivLoss",

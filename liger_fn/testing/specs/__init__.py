@@ -4,11 +4,13 @@ import importlib
 
 OPS = (
     "cross_entropy",
+    "dyt",
     "embedding",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
     "gated_activation",
+    "gated_rms_norm",
     "geglu",
     "jsd",
     "kl_div",

@@ -1,0 +1,363 @@
+"""RMSNorm with a gate, which multiplies what comes out of the norm or what goes into it.
+
+    after:  h = x              y = x̂ · weight · act(gate)
+    before: h = x · act(gate)  y = ĥ · weight                     ĥ = h / √(mean(h²) + ε)
+
+    p     = dy · act(gate), or dy         dweight = Σ_rows p · ĥ
+    g     = p · weight                    dh = rstd · (g − ĥ · mean(g · ĥ))
+    dx    = dh, or dh · act(gate)
+    dgate = dy · ĥ · weight · act′(gate), or dh · x · act′(gate)
+
+The features may be groups with a mean of their own: each is a norm of narrower rows.
+
+Memory traffic in bytes per element of a 2-byte x: 6 forward (read x and gate, write y), 10 backward
+(read x, gate and dy, write dx and dgate); `rstd`, 4 bytes a row and group, is kept. A program takes
+a few rows, goes over their columns once for the sums and once more, out of the cache, for the
+results; so rows may have any width. Backward it keeps its share of dweight in memory of its own,
+which stays in the cache, and a small launch adds the shares in a fixed order.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from liger_fn.functional.activation.glu import activate
+from liger_fn.functional.core import check
+from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.launch import (
+    accumulator,
+    as_rows,
+    cdiv,
+    dense_like,
+    has_work,
+    next_power_of_2,
+    sm_count,
+    tl,
+    triton,
+    triton_dtype,
+    unit_stride,
+)
+from liger_fn.functional.norm.rows import _affine, _strips, _sums_of_parts, check_norm
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def reference(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    gate_first: bool = False,
+    groups: int = 1,
+    activation: str = "silu",
+    cast_before_weight: bool = False,
+) -> Tensor:
+    compute = accumulator(x.dtype)
+    act = _ACTIVATIONS[activation](gate.to(compute))
+    h = x.to(compute) * act if gate_first else x.to(compute)
+    h = h.unflatten(-1, (groups, -1)) if groups > 1 else h.unsqueeze(-2)
+    y = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    if cast_before_weight:
+        y = y.to(x.dtype).to(compute)
+    if weight is not None:
+        y = y * weight.to(compute)
+    return (y if gate_first else y * act).to(x.dtype)
+
+
+@triton.jit
+def _load_block(ptr, row, stride_n, in_n, start, D, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr):
+    col = start + tl.arange(0, BLOCK_D)
+    inside = in_n[:, None] & (col < D)[None, :]
+    block = tl.load(ptr + row[:, None] * stride_n + col[None, :], mask=inside, other=0.0)
+    return block.to(COMPUTE)
+
+
+@triton.jit
+def _store_block(ptr, row, stride_n, in_n, start, D, block, BLOCK_D: tl.constexpr):
+    col = start + tl.arange(0, BLOCK_D)
+    inside = in_n[:, None] & (col < D)[None, :]
+    tl.store(ptr + row[:, None] * stride_n + col[None, :], block, mask=inside)
+
+
+@triton.jit
+def _load_weight(ptr, start, D, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load a block of the weight as a row, None if there is none."""
+    weight = None
+    if ptr is not None:
+        col = start + tl.arange(0, BLOCK_D)
+        weight = tl.load(ptr + col, mask=col < D, other=0.0).to(COMPUTE)[None, :]
+    return weight
+
+
+@triton.jit(do_not_specialize=["N"])
+def _gated_rms_norm_fwd_kernel(
+    x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr,
+    x_stride_n, gate_stride_n, y_stride_n, N, D,
+    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, ACTIVATION: tl.constexpr, CAST: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    x_ptr += group * D
+    gate_ptr += group * D
+    y_ptr += group * D
+    if weight_ptr is not None:
+        weight_ptr += group * D
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = row < N
+
+    squares = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+    for start in range(0, D, BLOCK_D):
+        h = _load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+        if GATE_FIRST:
+            gate = _load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+            act, _ = activate(gate, ACTIVATION, 1.0)
+            h *= act
+        squares += h * h
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + EPS)
+    tl.store(rstd_ptr + row * tl.num_programs(1) + group, rstd, mask=in_n)
+
+    for start in range(0, D, BLOCK_D):
+        h = _load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+        gate = _load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+        weight = _load_weight(weight_ptr, start, D, COMPUTE, BLOCK_D)
+        act, _ = activate(gate, ACTIVATION, 1.0)
+        if GATE_FIRST:
+            h *= act
+        y = _affine(h * rstd[:, None], weight, None, 0.0, y_ptr.dtype.element_ty, CAST)
+        if not GATE_FIRST:
+            y *= act
+        _store_block(y_ptr, row, y_stride_n, in_n, start, D, y, BLOCK_D)
+
+
+@triton.jit
+def _load_all(
+    x_ptr, gate_ptr, weight_ptr, dy_ptr, row, x_stride_n, gate_stride_n, dy_stride_n,
+    rstd, in_n, start, D,
+    GATE_FIRST: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Load a block, and give x, act, act′, ĥ, p and g of it."""
+    x = _load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+    gate = _load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+    p = _load_block(dy_ptr, row, dy_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+    weight = _load_weight(weight_ptr, start, D, COMPUTE, BLOCK_D)
+    act, dact = activate(gate, ACTIVATION, 1.0)
+    hhat = x * rstd[:, None]
+    if GATE_FIRST:
+        hhat *= act
+        through_gate = x * dact
+    else:
+        through_gate = p * hhat * dact
+        if weight_ptr is not None:
+            through_gate *= weight
+        p *= act
+    g = p
+    if weight_ptr is not None:
+        g = p * weight
+    return act, through_gate, hhat, p, g
+
+
+@triton.jit(do_not_specialize=["N", "strip"])
+def _gated_rms_norm_bwd_kernel(
+    x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_part_ptr,
+    x_stride_n, gate_stride_n, dy_stride_n, dx_stride_n, N, D, strip,
+    GATE_FIRST: tl.constexpr, ACTIVATION: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x_ptr += group * D
+    gate_ptr += group * D
+    dy_ptr += group * D
+    if weight_ptr is not None:
+        weight_ptr += group * D
+    if dx_ptr is not None:
+        dx_ptr += group * D
+    if dgate_ptr is not None:
+        dgate_ptr += group * D
+    if dweight_part_ptr is not None:
+        dweight_part_ptr += (program * tl.num_programs(1) + group) * D
+
+    for step in range(0, strip, BLOCK_N):
+        at = step + tl.arange(0, BLOCK_N)
+        row = program * strip + at
+        in_n = (row < N) & (at < strip)
+        rstd = tl.load(rstd_ptr + row * tl.num_programs(1) + group, mask=in_n, other=0.0)
+
+        dots = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+        for start in range(0, D, BLOCK_D):
+            _, _, hhat, _, g = _load_all(
+                x_ptr, gate_ptr, weight_ptr, dy_ptr, row, x_stride_n, gate_stride_n, dy_stride_n,
+                rstd, in_n, start, D, GATE_FIRST, ACTIVATION, COMPUTE, BLOCK_D,
+            )  # fmt: skip
+            dots += g * hhat
+        along = (tl.sum(dots, axis=1) / D)[:, None]
+
+        for start in range(0, D, BLOCK_D):
+            act, dgate, hhat, p, g = _load_all(
+                x_ptr, gate_ptr, weight_ptr, dy_ptr, row, x_stride_n, gate_stride_n, dy_stride_n,
+                rstd, in_n, start, D, GATE_FIRST, ACTIVATION, COMPUTE, BLOCK_D,
+            )  # fmt: skip
+            dx = rstd[:, None] * (g - hhat * along)
+            if GATE_FIRST:
+                dgate *= dx
+                dx *= act
+            if dx_ptr is not None:
+                _store_block(dx_ptr, row, dx_stride_n, in_n, start, D, dx, BLOCK_D)
+            if dgate_ptr is not None:
+                _store_block(dgate_ptr, row, dx_stride_n, in_n, start, D, dgate, BLOCK_D)
+            if dweight_part_ptr is not None:
+                col = start + tl.arange(0, BLOCK_D)
+                # In the first step there is nothing yet.
+                held = tl.where(step > 0, D, 0)
+                so_far = tl.load(dweight_part_ptr + col, mask=col < held, other=0.0)
+                tl.store(dweight_part_ptr + col, so_far + tl.sum(p * hhat, axis=0), mask=col < D)
+        # What one thread has written, another may read.
+        tl.debug_barrier()
+
+
+def _gated_rms_norm_config(W: int) -> dict:
+    """4096 elements for eight warps: two 16-byte loads of each input a thread.
+
+    Four rows at least, where they are wide, share what is read and written of dweight's parts.
+    """
+    block_d = min(1024, next_power_of_2(W))
+    return {"BLOCK_D": block_d, "BLOCK_N": min(32, 4096 // block_d), "num_warps": 8}
+
+
+# Programs of 256 threads that fit on a multiprocessor with the registers of the backward pass.
+_PER_SM = 2
+
+
+def gated_rms_norm_fwd(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gate_first: bool,
+    groups: int,
+    activation: str,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    y = dense_like(x)
+    rstd = x.new_empty((*x.shape[:-1], groups), dtype=accumulator(x.dtype))
+
+    if has_work(y):
+        x, gate, weight = as_rows(x), as_rows(gate), unit_stride(weight)
+        N, D = x.shape
+        config = _gated_rms_norm_config(D // groups)
+        _gated_rms_norm_fwd_kernel[(cdiv(N, config["BLOCK_N"]), groups)](
+            x, gate, weight, y, rstd, x.stride(0), gate.stride(0), D, N, D // groups,
+            EPS=eps, GATE_FIRST=gate_first, ACTIVATION=activation, CAST=cast_before_weight,
+            COMPUTE=triton_dtype(rstd.dtype), **config,
+        )  # fmt: skip
+    return y, rstd
+
+
+def gated_rms_norm_bwd(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    eps: float,
+    gate_first: bool,
+    groups: int,
+    activation: str,
+    cast_before_weight: bool,
+    need_dx: bool,
+    need_dgate: bool,
+    need_dweight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx = dense_like(x) if need_dx else None
+    dgate = dense_like(gate) if need_dgate else None
+    if not has_work(x):
+        return dx, dgate, dense_like(weight).zero_() if need_dweight else None
+
+    x, gate, dy = as_rows(x), as_rows(gate), as_rows(dy)
+    weight, rstd = unit_stride(weight), unit_stride(rstd)
+    N, D = x.shape
+    config = _gated_rms_norm_config(D // groups)
+    programs, strip = _strips(N, config["BLOCK_N"], cdiv(_PER_SM * sm_count(x.device), groups))
+    part = x.new_empty((programs, D), dtype=rstd.dtype) if need_dweight else None
+    _gated_rms_norm_bwd_kernel[(programs, groups)](
+        x, gate, weight, rstd, dy, dx, dgate, part,
+        x.stride(0), gate.stride(0), dy.stride(0), D, N, D // groups, strip,
+        GATE_FIRST=gate_first, ACTIVATION=activation, COMPUTE=triton_dtype(rstd.dtype), **config,
+    )  # fmt: skip
+    (dweight,) = _sums_of_parts([part], [weight if need_dweight else None])
+    return dx, dgate, dweight
+
+
+_gated_rms_norm = custom_vjp(
+    "gated_rms_norm",
+    reference=reference,
+    fwd=gated_rms_norm_fwd,
+    bwd=gated_rms_norm_bwd,
+    results="y",
+    residuals="rstd",
+    grads="x gate weight",
+    rows="x gate y rstd",
+)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    gate_first: bool = False,
+    groups: int = 1,
+    activation: str = "silu",
+    cast_before_weight: bool = False,
+) -> Tensor:
+    """Normalise by the root mean square, and multiply with an activated gate after or before.
+
+        y = norm(x) · weight · act(gate)            norm(h) = h / √(mean(h²) + eps)
+        y = norm(x · act(gate)) · weight            with `gate_first`
+
+    Gated delta nets (Qwen3-Next) do the one, Mamba 2 (Zamba 2, Nemotron-H, Bamba) the other.
+
+    Args:
+        x: (..., D), floating point, any strides.
+        gate: (..., D), shape and dtype of x, any strides.
+        weight: (D,), floating point, may be of another dtype than x; None: 1.
+        eps: added to the mean square.
+        gate_first: multiply before the norm.
+        groups: how many groups of features have a mean square of their own; divides D.
+        activation: "silu" or "sigmoid".
+        cast_before_weight: round the normalised value to x.dtype before the weight multiplies it,
+            as Hugging Face's modules do.
+
+    Returns:
+        (..., D), dtype of x, contiguous.
+
+    Raises:
+        TypeError: x, gate or weight is not a floating-point tensor, gate has another dtype than x,
+            eps or groups is no number.
+        ValueError: a shape or device does not fit, groups does not divide D, the activation is
+            unknown.
+
+    Precision: computed in float32 (float64 for float64 x), dweight too; every output is rounded
+        once (twice in y with `cast_before_weight`).
+    Memory: x, gate, weight and 4 bytes a row and group live until the backward pass.
+    Source: Dao and Gu, "Transformers are SSMs", 2024; Yang, Kautz and Hatamizadeh, "Gated Delta
+        Networks", 2024.
+    """
+    op = "gated_rms_norm"
+    check_norm(op, x, eps, weight=weight)
+    check.floating(op, "gate", gate)
+    check.dtype(op, "gate", gate, x, "x")
+    check.shape(op, "gate", gate, x.shape, "the shape of `x`")
+    check.device(op, "gate", gate, x, "x")
+    check.one_of(op, "activation", activation, tuple(_ACTIVATIONS))
+    whole = isinstance(groups, (int, torch.SymInt))
+    check.number(op, "groups", groups, "be an integer", whole)
+    if groups < 1 or x.shape[-1] % groups:
+        check.fail(op, "groups", f"divide {x.shape[-1]}, the last size of `x`", groups)
+    return _gated_rms_norm(x, gate, weight, eps, gate_first, groups, activation, cast_before_weight)
