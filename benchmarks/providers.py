@@ -198,6 +198,7 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+
     def dyt(self):
         from liger_kernel.transformers.functional import liger_dyt
 

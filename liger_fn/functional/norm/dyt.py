@@ -16,6 +16,7 @@ from torch import Tensor
 from liger_fn.functional.activation.glu import tile
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -126,7 +127,8 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
         x, weight, bias = as_rows(x), unit_stride(weight), unit_stride(bias)
         N, D = x.shape
         config = _dyt_fwd_config(D)
-        _dyt_fwd_kernel[(cdiv(N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"]),)](
+        launch(
+            _dyt_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"]),),
             x, alpha, weight, bias, y, x.stride(0), N, D,
             COMPUTE=triton_dtype(accumulator(x.dtype)), **config,
         )  # fmt: skip
@@ -163,7 +165,8 @@ def dyt_bwd(
         None if t is None else x.new_empty((programs, width), dtype=compute)
         for t, width in zip(like, widths, strict=True)
     ]
-    _dyt_bwd_kernel[(tiles, programs)](
+    launch(
+        _dyt_bwd_kernel, (tiles, programs),
         x, alpha, weight, dy, dx, *parts, x.stride(0), dy.stride(0), N, D, strip,
         COMPUTE=triton_dtype(compute), **config,
     )  # fmt: skip

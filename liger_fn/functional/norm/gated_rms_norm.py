@@ -25,6 +25,7 @@ from torch import Tensor
 from liger_fn.functional.activation.glu import activate
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -250,7 +251,8 @@ def gated_rms_norm_fwd(
         x, gate, weight = as_rows(x), as_rows(gate), unit_stride(weight)
         N, D = x.shape
         config = _gated_rms_norm_config(D // groups)
-        _gated_rms_norm_fwd_kernel[(cdiv(N, config["BLOCK_N"]), groups)](
+        launch(
+            _gated_rms_norm_fwd_kernel, (cdiv(N, config["BLOCK_N"]), groups),
             x, gate, weight, y, rstd, x.stride(0), gate.stride(0), D, N, D // groups,
             EPS=eps, GATE_FIRST=gate_first, ACTIVATION=activation, CAST=cast_before_weight,
             COMPUTE=triton_dtype(rstd.dtype), **config,
@@ -284,7 +286,8 @@ def gated_rms_norm_bwd(
     config = _gated_rms_norm_config(D // groups)
     programs, strip = _strips(N, config["BLOCK_N"], cdiv(_PER_SM * sm_count(x.device), groups))
     part = x.new_empty((programs, D), dtype=rstd.dtype) if need_dweight else None
-    _gated_rms_norm_bwd_kernel[(programs, groups)](
+    launch(
+        _gated_rms_norm_bwd_kernel, (programs, groups),
         x, gate, weight, rstd, dy, dx, dgate, part,
         x.stride(0), gate.stride(0), dy.stride(0), D, N, D // groups, strip,
         GATE_FIRST=gate_first, ACTIVATION=activation, COMPUTE=triton_dtype(rstd.dtype), **config,
