@@ -102,6 +102,24 @@ def fused_linear_cross_entropy(
     return cross_entropy(F.linear(x, weight, bias), y, **options)
 
 
+def logprobs(
+    logits: Tensor, target: Tensor, *, entropy: bool = False, top1: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """TRL's `selective_log_softmax` and `entropy_from_logits`, of a float32 copy, all at once."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    logp = log_p.gather(-1, target[..., None]).squeeze(-1)
+    if not (entropy or top1):
+        return logp
+    entropies = -(log_p.exp() * log_p).sum(-1)
+    return logp, entropies, logits.argmax(-1)
+
+
+def fused_linear_logprobs(
+    weight: Tensor, x: Tensor, y: Tensor, *, entropy: bool = False, top1: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    return logprobs(F.linear(x, weight), y, entropy=entropy, top1=top1)
+
+
 def kl_div(
     input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False
 ) -> Tensor:

@@ -30,6 +30,12 @@ _TINY = {
         "x": d.normal(128, 256),
         "y": d.integers(1024, 128),
     },
+    "logprobs": lambda d: {"logits": d.normal(16, 1024), "target": d.integers(1024, 16)},
+    "fused_linear_logprobs": lambda d: {
+        "weight": d.normal(1024, 256, scale=0.1),
+        "x": d.normal(128, 256),
+        "y": d.integers(1024, 128),
+    },
 }
 
 
