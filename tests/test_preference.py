@@ -1,6 +1,7 @@
 """The losses of log-probabilities: TRL's trainers give the answers, or the papers' formulas do."""
 
 import collections
+import importlib
 import inspect
 import math
 from types import SimpleNamespace
@@ -29,7 +30,9 @@ def float64(monkeypatch):
 
 
 def trl(name: str):
-    return pytest.importorskip(name, reason="the peer is not installed")
+    """A module of TRL, as its trainers are since 1.16."""
+    pytest.importorskip("trl", minversion="1.16", reason="the peer is not installed")
+    return importlib.import_module(name)
 
 
 def draw_logps(*shape: int, scale: float = 1.0) -> torch.Tensor:
