@@ -80,10 +80,9 @@ class Limits:
     def _most(self, weight: Tensor, with_sums: bool = False) -> int:
         """Rows in the budget; `with_sums`, in that and the memory that wide sums would take."""
         V, H = weight.shape
-        if self.memory_budget is None:
-            room = _BUFFER_BYTES + with_sums * V * H * weight.itemsize
-        else:
-            room = self.memory_budget
+        room = _BUFFER_BYTES if self.memory_budget is None else self.memory_budget
+        if with_sums and self.memory_budget is None:
+            room += V * H * weight.itemsize
         rows = room // (width_of(V) * weight.itemsize)
         # Multiples of 128 rows fill the tiles of the products.
         return rows // 128 * 128 if rows >= 128 else max(1, rows)
