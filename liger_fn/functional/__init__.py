@@ -15,6 +15,9 @@ from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.embedding.embedding import embedding
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
+from liger_fn.functional.linear_loss.cross_entropy_accumulate import (
+    fused_linear_cross_entropy_accumulate,
+)
 from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
 from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.loss.jsd import jsd
@@ -35,6 +38,7 @@ __all__ = [
     "embedding",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
+    "fused_linear_cross_entropy_accumulate",
     "fused_linear_logprobs",
     "gated_activation",
     "gated_rms_norm",

@@ -127,7 +127,7 @@ def _entry(op: "_Op", casts: bool) -> Callable:
         args += no_needs
         if is_compiling():
             return dispatched(*args)
-        if _watched(args) or args[0].is_meta or (casts and _autocast_active()):
+        if watched(args) or args[0].is_meta or (casts and _autocast_active()):
             rules.sync_dtensor()
             return dispatched(*args)
         if not kernels_on(args[0]):
@@ -144,7 +144,7 @@ def _entry(op: "_Op", casts: bool) -> Callable:
 # What may be watching a call
 
 
-def _watched(args: Sequence[Any]) -> bool:
+def watched(args: Sequence[Any]) -> bool:
     """Say whether a transform, a mode or a tensor subclass must see a call with these arguments."""
     return (
         _functorch_active()
@@ -402,7 +402,7 @@ def _vjp_function(op: _Op) -> type:
                 args = _pick(bwd_at, args)
                 return _pick(grads_at, (*as_tuple(op.bwd_op(*args)), None))
             needs = for_summands(pick_needs(ctx.needs_input_grad), ctx.needs_input_grad)
-            direct = ctx.direct and not (_grad_enabled() or _watched(cotangents))
+            direct = ctx.direct and not (_grad_enabled() or watched(cotangents))
             donated = direct and ctx.private and not _keep_graph()
             args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, donated))
             if direct:

@@ -137,14 +137,17 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 def pull_back(
     g: Tensor, weight: Tensor, x: Tensor, rows: slice,
-    dweight: Tensor | None, dx: Tensor | None, dbias: Tensor | None,
+    dweight: Tensor | None, dx: Tensor | None, dbias: Tensor | None, onto: bool = False,
 ) -> None:  # fmt: skip
-    """Write these rows of dx; add their share to dweight and dbias, which the first rows write."""
+    """Write these rows of dx; add their share to dweight and dbias, which the first rows write.
+
+    With `onto` the first rows add to dweight, too.
+    """
     later = rows.start > 0
     if dx is not None:
         _product(g, weight, dx[rows])
     if dweight is not None:
-        _product(g.t(), x[rows], dweight, add=later)
+        _product(g.t(), x[rows], dweight, add=later or onto)
     if dbias is not None:
         total = g.sum(0, dtype=dbias.dtype)
         torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)

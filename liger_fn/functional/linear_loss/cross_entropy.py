@@ -138,7 +138,7 @@ def fused_linear_cross_entropy_fwd(
     need_dx: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    (V, H), N, acc = weight.shape, y.numel(), accumulator(x.dtype)
+    V, acc = weight.shape[0], accumulator(x.dtype)
     held = acc if wide else _narrowest(x.dtype)
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(y) else x.new_zeros
@@ -148,24 +148,38 @@ def fused_linear_cross_entropy_fwd(
     if not has_work(y):
         return x.new_zeros((), dtype=acc), unit_dweight, unit_dx, unit_dbias
 
-    chunks = Limits(chunk_size, memory_budget, wide).plan(N, weight)
+    loss = sum_over_chunks(
+        weight, x, y, bias, class_weight, row_weight, Limits(chunk_size, memory_budget, wide),
+        (ignore_index, label_smoothing, z_loss, softcap, logit_scale),
+        unit_dweight, unit_dx, unit_dbias,
+    )  # fmt: skip
+    return loss, unit_dweight, unit_dx, unit_dbias
+
+
+def sum_over_chunks(
+    weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None,
+    class_weight: Tensor | None, row_weight: Tensor | None, limits: Limits, options: tuple,
+    dweight: Tensor | None, dx: Tensor | None, dbias: Tensor | None, onto: bool = False,
+) -> Tensor:  # fmt: skip
+    """Give the loss, and write the gradients that are given; with `onto`, add to dweight."""
+    (V, H), N = weight.shape, y.numel()
+    chunks = limits.plan(N, weight)
     x, y = x.reshape(N, H), y.reshape(-1)
     row_weight = None if row_weight is None else row_weight.reshape(-1)
-    dx = None if unit_dx is None else unit_dx.view(x.shape)
-    loss, lse = x.new_empty((2, N), dtype=acc)
-    needed = need_dweight or need_dx or need_dbias
+    dx = None if dx is None else dx.view(x.shape)
+    loss, lse = x.new_empty((2, N), dtype=accumulator(x.dtype))
+    needed = any(t is not None for t in (dweight, dx, dbias))
+    buffer = x.new_empty((chunks.rows, width_of(V)))
     with dtypes_as_given(x.device):
-        buffer = x.new_empty((chunks.rows, width_of(V)))
         for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
             launch_rows(
-                logits, y[rows], class_weight, lse[rows],
-                ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                logits, y[rows], class_weight, lse[rows], *options,
                 loss=loss[rows], dloss=None if row_weight is None else row_weight[rows],
                 dlogits=logits if needed else None,
                 unit=_UNIT.get(x.dtype, 1.0), width=buffer.shape[1],
             )  # fmt: skip
-            pull_back(logits, weight, x, rows, unit_dweight, dx, unit_dbias)
-    return loss.sum(), unit_dweight, unit_dx, unit_dbias
+            pull_back(logits, weight, x, rows, dweight, dx, dbias, onto)
+    return loss.sum()
 
 
 @triton.jit
@@ -182,7 +196,7 @@ def _times_scalar_kernel(
         tl.store(out_ptr + i, unit * scalar, mask=i < n)
 
 
-def _times_scalar(unit: Tensor, scalar: Tensor, dtype: torch.dtype, donated: bool) -> Tensor:
+def times_scalar(unit: Tensor, scalar: Tensor, dtype: torch.dtype, donated: bool) -> Tensor:
     """Multiply the gradients of a unit upstream by the true one, which stays on the device.
 
     Memory that is given away takes the product: then a factor of 1 costs nothing.
@@ -226,9 +240,9 @@ def fused_linear_cross_entropy_bwd(
     donated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
-        _times_scalar(unit_dweight, dloss, x.dtype, donated) if need_dweight else None,
-        _times_scalar(unit_dx, dloss, x.dtype, donated) if need_dx else None,
-        _times_scalar(unit_dbias, dloss, x.dtype, donated) if need_dbias else None,
+        times_scalar(unit_dweight, dloss, x.dtype, donated) if need_dweight else None,
+        times_scalar(unit_dx, dloss, x.dtype, donated) if need_dx else None,
+        times_scalar(unit_dbias, dloss, x.dtype, donated) if need_dbias else None,
     )
 
 
@@ -373,7 +387,7 @@ def _first_valid(
     return x.index_select(0, places), y.index_select(0, places), places, sound
 
 
-def _items(
+def items_of(
     num_items: Tensor | float | None,
     x: Tensor,
     y: Tensor,
@@ -387,6 +401,24 @@ def _items(
     if isinstance(num_items, Tensor):
         return num_items.detach().to(x.device, dtype)
     return torch.full((), num_items, device=x.device, dtype=dtype)
+
+
+def check_totals(
+    op: str, memory_budget: int | None, num_items: Tensor | float | None, reduction: str
+) -> None:
+    """Check the bytes that logits may take, and what a mean divides by."""
+    if memory_budget is not None:
+        positive = isinstance(memory_budget, (int, torch.SymInt)) and memory_budget > 0
+        contract = "be a positive number of bytes, or None"
+        check.number(op, "memory_budget", memory_budget, contract, positive)
+    if num_items is None:
+        return
+    if reduction != "mean":
+        check.fail(op, "num_items", 'be None unless `reduction` is "mean"', num_items)
+    if isinstance(num_items, Tensor):
+        check.shape(op, "num_items", num_items, (), "one number")
+    else:
+        check.number(op, "num_items", num_items, "be positive", num_items > 0)
 
 
 def fused_linear_cross_entropy(
@@ -464,20 +496,10 @@ def fused_linear_cross_entropy(
     if accum_dtype not in (None, _narrowest(inside), accumulator(inside)):
         either = " or ".join(dict.fromkeys(map(str, (_narrowest(inside), accumulator(inside)))))
         check.fail(op, "accum_dtype", f"be {either} for `x` of {inside}, or None", accum_dtype)
-    if memory_budget is not None:
-        positive = isinstance(memory_budget, (int, torch.SymInt)) and memory_budget > 0
-        contract = "be a positive number of bytes, or None"
-        check.number(op, "memory_budget", memory_budget, contract, positive)
     if max_valid is not None:
         natural = isinstance(max_valid, (int, torch.SymInt)) and max_valid >= 0
         check.number(op, "max_valid", max_valid, "be a whole number of rows, or None", natural)
-    if num_items is not None:
-        if reduction != "mean":
-            check.fail(op, "num_items", 'be None unless `reduction` is "mean"', num_items)
-        if isinstance(num_items, Tensor):
-            check.shape(op, "num_items", num_items, (), "one number")
-        else:
-            check.number(op, "num_items", num_items, "be positive", num_items > 0)
+    check_totals(op, memory_budget, num_items, reduction)
 
     whole, few = y.shape, max_valid is not None and max_valid < y.numel()
     if few:
@@ -499,7 +521,7 @@ def fused_linear_cross_entropy(
 
     row_weight = items = None
     if reduction == "mean":
-        items = _items(num_items, x, y, class_weight, ignore_index)
+        items = items_of(num_items, x, y, class_weight, ignore_index)
         # In float16 the gradients of a mean would lose their low bits.
         if inside is not torch.float16:
             row_weight = items.reciprocal().expand(y.shape)

@@ -114,7 +114,9 @@ def purity(spec, case, device):
     own = gradients(call.reference(), call.tensors(requires_grad=True), given)
     shared = _sharing(outputs + grads) - _sharing(sum(own, ()))
     assert not shared, f"two answers share memory: {shared}"
-    assert not set(_memory(outputs + grads)) & set(_memory(passed)), "an answer shares memory with an argument"
+    assert not set(_memory(outputs + grads)) & set(_memory(passed)), (
+        "an answer shares memory with an argument"
+    )
 
 
 def _memory(tensors) -> list[int]:
