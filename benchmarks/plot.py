@@ -46,8 +46,56 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     for row in latest(rows):
         if row.status == "ok" and not is_sweep(row.mode):
             groups.setdefault((row.device, row.op, row.mode), []).append(row)
-    drawn = (_draw(key, group, folder) for key, group in groups.items())
+    drawn = [_draw(key, group, folder) for key, group in groups.items()]
+    for (device, op, mode), group in groups.items():
+        if mode == "full":
+            drawn += [
+                _draw_curve(device, op, shape, group, folder) for shape in _settings_of(group)
+            ]
     return [path for path in drawn if path is not None]
+
+
+def _settings_of(rows: list[Row]) -> list[str]:
+    """The shapes at which our op was measured with several settings of its memory."""
+    ours = [r.shape for r in rows if _is_ours(r)]
+    return [shape for shape in dict.fromkeys(ours) if ours.count(shape) > 2]
+
+
+def _is_ours(row: Row) -> bool:
+    return row.provider.split("-")[0] == "liger_fn"
+
+
+def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path) -> Path:
+    """Draw time against memory: our settings as a line, peers as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    here = [r for r in rows if r.shape == shape and r.peak_mib is not None and r.ms is not None]
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    line = sorted((r.peak_mib, r.ms) for r in here if _is_ours(r))
+    axes.plot(*zip(*line, strict=True), color=_COLORS["liger_fn"], marker="o", zorder=3)
+    for row in here:
+        floor = row.provider == "products"
+        color = _COLORS.get(row.provider.split("-")[0], _UNKNOWN)
+        if floor:
+            axes.axhline(row.ms, color=_UNKNOWN, linestyle=":", linewidth=1)
+        elif not _is_ours(row):
+            axes.scatter([row.peak_mib], [row.ms], color=color, zorder=3)
+        at = (line[-1][0], row.ms) if floor else (row.peak_mib, row.ms)
+        axes.annotate(row.provider, at, (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("peak memory above the inputs, MiB (gradients included)", fontsize=8)
+    axes.set_ylabel("milliseconds, forward and backward", fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{op} {shape}: {device}", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+    path = folder / "-".join((device.replace(" ", "_"), op, shape, "memory-curve.png"))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
 
 
 def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | None:

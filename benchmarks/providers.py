@@ -30,6 +30,7 @@ class Provider:
         modules: what must be importable.
         install: how to get it.
         needs_gpu: whether it has no path for the CPU.
+        answers: whether what it returns is right; else it is timed as a floor.
     """
 
     name = ""
@@ -37,6 +38,7 @@ class Provider:
     modules: tuple[str, ...] = ()
     install = ""
     needs_gpu = True
+    answers = True
 
     def call(self, op: str) -> Callable[..., Any] | None:
         """The function to measure, or None where the peer has no such op."""
@@ -510,6 +512,71 @@ class QuackBase(Provider):
     fused_linear_cross_entropy = Quack.fused_linear_cross_entropy
 
 
+class OursWith(Ours):
+    """Ours with other settings of the fused linear cross entropy: points of time against memory."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name, self.options = name, options
+
+    def call(self, op):
+        return getattr(self, op, None)
+
+    def fused_linear_cross_entropy(self):
+        def call(weight, x, y, **options):
+            return functional.fused_linear_cross_entropy(weight, x, y, **options, **self.options)
+
+        return call
+
+
+class OursCounted(OursWith):
+    """Ours, told how many targets count: who asks the device waits for it, once a batch."""
+
+    def fused_linear_cross_entropy(self):
+        counts: dict[int, int] = {}
+
+        def call(weight, x, y, **options):
+            ignored = options.get("ignore_index", -100)
+            if y.data_ptr() not in counts:
+                counts[y.data_ptr()] = int((y != ignored).sum())
+            return functional.fused_linear_cross_entropy(
+                weight, x, y, max_valid=counts[y.data_ptr()], **options
+            )
+
+        return call
+
+
+class Products(Provider):
+    """The three matrix products of a linear head and nothing else: no loss, and no right answer."""
+
+    name = "products"
+    needs_gpu = False
+    answers = False
+
+    def fused_linear_cross_entropy(self):
+        class Bare(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, weight, x):
+                logits = x @ weight.t()
+                ctx.save_for_backward(weight, x, logits)
+                return logits[0, 0].float()
+
+            @staticmethod
+            def backward(ctx, upstream):
+                weight, x, g = ctx.saved_tensors
+                return g.t() @ x, g @ weight
+
+        return lambda weight, x, y, **options: Bare.apply(weight, x)
+
+
+def _settings() -> tuple[Provider, ...]:
+    """Chunks that add up in 16 bits, and sums in float32."""
+    chunks = tuple(
+        OursWith(f"liger_fn-{rows}", chunk_size=rows, accum_dtype=torch.bfloat16)
+        for rows in (4096, 2048, 1024, 512)
+    )
+    return (*chunks, OursWith("liger_fn-float32", accum_dtype=torch.float32))
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -526,6 +593,9 @@ PROVIDERS: dict[str, Provider] = {
         Quack(),
         QuackBase(),
         Ours(),
+        *_settings(),
+        OursCounted("liger_fn-counted"),
+        Products(),
     )
 }
 

@@ -34,7 +34,7 @@ def _reference(
     class_weight: Tensor | None, row_weight: Tensor | None, limits: Limits, options: Options,
 ) -> Tensor:  # fmt: skip
     names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
-    # In the dtype of the total throughout: a gradient in 16 bits would be rounded before it is added.
+    # In the dtype of the total throughout: in 16 bits the gradient would be rounded before the sum.
     leaf, bias = weight.to(total.dtype).requires_grad_(), None if bias is None else bias.to(total)
     with torch.enable_grad():
         loss = reference_of_sum(

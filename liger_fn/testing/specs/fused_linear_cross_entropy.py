@@ -39,16 +39,24 @@ def as_models_write_it(
     return as_torch(logits, y, **options)
 
 
-def benchmark(N: int, H: int, V: int) -> Benchmark:
+def benchmark(N: int, H: int, V: int, ignored: float = 0.0, peaked: bool = False) -> Benchmark:
+    """Flat logits, or peaked ones: the target's stands out as in a trained model."""
+
+    def make(draw):
+        weight, x, y = draw.normal(V, H, scale=H**-0.5), draw.normal(N, H), draw.integers(V, N)
+        if peaked:
+            x = x * 2.0 + weight[y] * 8.0
+        if ignored:
+            y[draw.uniform(N, dtype=torch.float32) < ignored] = -100
+        return {"weight": weight, "x": x, "y": y}
+
+    more = f"-{ignored:.0%}-ignored" * bool(ignored) + "-peaked" * peaked
+    live = 1.0 - ignored
     return Benchmark(
-        f"{N}x{H}x{V}",
-        lambda draw: {
-            "weight": draw.normal(V, H, scale=H**-0.5),
-            "x": draw.normal(N, H),
-            "y": draw.integers(V, N),
-        },
-        flops_fwd=2 * N * H * V,
-        flops_bwd=4 * N * H * V,
+        f"{N}x{H}x{V}{more}".replace("%", "pct"),
+        make,
+        flops_fwd=int(2 * N * H * V * live),
+        flops_bwd=int(4 * N * H * V * live),
     )
 
 
@@ -182,6 +190,12 @@ SPEC = OpSpec(
             (8192, 3584, 152064),
             (8192, 2560, 262144),
             (8192, 4096, 32000),
+            (8192, 4096, 151936),
+            (1024, 4096, 128256),
+            (2048, 4096, 128256),
+            (32768, 4096, 128256),
+            (8192, 4096, 128256, 0.7),
+            (8192, 4096, 128256, 0.0, True),
         )
     ),
 )  # fmt: skip
