@@ -218,12 +218,24 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": self.rows[i], "labels": self.rows[i]}
 
 
+HAS_GPU = torch.cuda.is_available()
+# On a GPU the kernels sum in another order; Adam magnifies that where a gradient is nearly nothing.
+AS_BEFORE = 1e-3 if HAS_GPU else 1e-4
+
+
+def on_one_device(arguments):
+    """Keep Trainer from making nn.DataParallel of all GPUs that it sees."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def train(model, tmp_path, **options):
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, logging_steps=1,
-        gradient_accumulation_steps=2, report_to=[], use_cpu=True, save_strategy="no",
+        gradient_accumulation_steps=2, report_to=[], use_cpu=not HAS_GPU, save_strategy="no",
         learning_rate=1e-2, disable_tqdm=True, **options,
     )  # fmt: skip
+    on_one_device(arguments)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Sentences(16), eval_dataset=Sentences(4),
         compute_metrics=lambda output: {"mean": float(output.predictions.mean())},
@@ -235,19 +247,40 @@ def train(model, tmp_path, **options):
 
 @needs_accelerate
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_trainer(tmp_path, fused, model_type):
+def test_trainer(on_device, tmp_path, fused, model_type):
     losses, metrics = train(tiny_model(model_type), tmp_path)
     model = tiny_model(model_type)
     apply(model)
     our_losses, our_metrics = train(model, tmp_path)
-    assert our_losses == pytest.approx(losses, rel=1e-4)
-    assert our_metrics["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
-    assert our_metrics["eval_mean"] == pytest.approx(metrics["eval_mean"], abs=1e-4)
+    assert our_losses == pytest.approx(losses, rel=AS_BEFORE)
+    assert our_metrics["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=AS_BEFORE)
+    assert our_metrics["eval_mean"] == pytest.approx(metrics["eval_mean"], abs=AS_BEFORE)
     assert len(fused) == 6
 
 
 @needs_accelerate
-def test_trainer_in_bfloat16(tmp_path, fused):
+def test_trainer_that_evaluates_the_loss_alone(on_device, tmp_path, fused):
+    """With prediction_loss_only Trainer drops the logits: `skip_logits` keeps them from being."""
+
+    class WithoutLogits(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=not HAS_GPU,
+        prediction_loss_only=True, disable_tqdm=True,
+    )  # fmt: skip
+    model = tiny_model("llama")
+    options = {"args": on_one_device(arguments), "eval_dataset": Sentences(4)}
+    expected = Trainer(model, **options).evaluate()["eval_loss"]
+    apply(model)
+    found = WithoutLogits(model, **options).evaluate()["eval_loss"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(fused) == 2
+
+
+@needs_accelerate
+def test_trainer_in_bfloat16(on_device, tmp_path, fused):
     losses, _ = train(tiny_model("llama"), tmp_path, bf16=True)
     model = tiny_model("llama")
     apply(model)
@@ -263,19 +296,21 @@ def train_with_trl(trainer_class, model, tmp_path):
 
     arguments = SFTConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=2, logging_steps=1,
-        report_to=[], use_cpu=True, save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
-        bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+        report_to=[], use_cpu=not HAS_GPU, save_strategy="no", learning_rate=1e-2,
+        disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     rows = [{"input_ids": row["input_ids"].tolist()} for row in Sentences(8)]
     trainer = trainer_class(
-        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
-    )
+        model, args=on_one_device(arguments), train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )  # fmt: skip
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @needs_trl
-def test_trl_s_trainer(tmp_path, fused):
+def test_trl_s_trainer(on_device, tmp_path, fused):
     """TRL computes the loss from the head's weight itself: ours is idle, the other ops are not."""
     from trl import SFTTrainer
 
@@ -285,11 +320,13 @@ def test_trl_s_trainer(tmp_path, fused):
     expected = train_with_trl(SFTTrainer, tiny_model("llama"), tmp_path)
     model = tiny_model("llama")
     assert "idle in TRL's SFTTrainer" in str(apply(model))
-    assert train_with_trl(SFTTrainer, model, tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert train_with_trl(SFTTrainer, model, tmp_path) == pytest.approx(expected, rel=AS_BEFORE)
     assert not fused
     model = tiny_model("llama")
     apply(model)
-    assert train_with_trl(WithTheModelsLoss, model, tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert train_with_trl(WithTheModelsLoss, model, tmp_path) == pytest.approx(
+        expected, rel=AS_BEFORE
+    )
     assert len(fused) == 2
 
 
