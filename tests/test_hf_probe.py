@@ -16,7 +16,14 @@ from transformers.models.nemotron import modeling_nemotron
 
 from liger_fn import functional
 from liger_fn.hf import apply
-from liger_fn.hf.families import FAMILIES, GATED_MLP, NORM, Family
+from liger_fn.hf.families import (
+    ACTIVATION,
+    FAMILIES,
+    GATED_MLP,
+    GATED_NORM,
+    NORM,
+    Family,
+)
 from liger_fn.hf.probe import Rejected
 from liger_fn.hf.rotary import guarded, prove_rotary
 from liger_fn.testing.tiny_models import tiny_config, tiny_model
@@ -52,20 +59,103 @@ def prove(place, module):
 # architectures
 
 
-def test_a_gated_norm_whose_gate_is_optional():
-    found = outcomes(tiny_model("bamba"))
-    assert found["BambaRMSNormGated"] == ["takes more than one input"]
+def test_a_gated_norm_whose_gate_is_optional(calls):
+    """Without its gate it looks like a plain norm."""
+    model = tiny_model("bamba")
+    found = outcomes(model)
+    options = "gate_first=True, activation=silu, cast_before_weight=True"
+    assert found["BambaRMSNormGated"] == [f"gated_rms_norm({options})"]
     assert found["BambaRMSNorm"] == ["rms_norm(cast_before_weight=True)"]
+    norm = next(m for m in model.modules() if type(m).__name__ == "BambaRMSNormGated")
+    x, gate = torch.randn(2, 3, *norm.weight.shape), torch.randn(2, 3, *norm.weight.shape)
+    for arguments, is_ours in (((x,), False), ((x, gate), True), ((x, gate.double()), False)):
+        calls.clear()
+        got, expected = norm(*arguments), type(norm).forward(norm, *arguments)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+        assert bool(calls) == is_ours
 
 
 @pytest.mark.parametrize(
-    ("model_type", "task"), [("deepseek_v4", "causal-lm"), ("glm5_next", "image-text-to-text")]
+    ("model_type", "options"),
+    [
+        ("qwen3_next", "gate_first=False, activation=silu, cast_before_weight=True"),
+        ("kimi_linear", "gate_first=False, activation=sigmoid, cast_before_weight=False"),
+        ("nemotron_h", "gate_first=True, activation=silu, cast_before_weight=True"),
+    ],
 )
-def test_a_clamp_that_ordinary_inputs_do_not_reach(model_type, task):
-    found = outcomes(tiny_model(model_type, task).model)
-    reasons = [why for name, (why, *_) in found.items() if "MLP" in name or "_apply_gate" in name]
-    assert reasons
-    assert all("the results differ" in why for why in reasons)
+def test_gated_norms_in_their_forms(model_type, options):
+    found = outcomes(tiny_model(model_type))
+    gated = [how for name, (how, *_) in found.items() if name.endswith("RMSNormGated")]
+    assert gated == [f"gated_rms_norm({options})"]
+
+
+class GatedOtherwise(LlamaRMSNorm):
+    def forward(self, hidden_states, gate):
+        return super().forward(hidden_states) * torch.tanh(gate)
+
+
+class GatedAndClamped(LlamaRMSNorm):
+    def forward(self, hidden_states, gate):
+        return super().forward(hidden_states) * F.silu(gate.clamp(max=100.0))
+
+
+@pytest.mark.parametrize("cls", [GatedOtherwise, GatedAndClamped])
+def test_what_looks_like_a_gated_norm(cls):
+    with pytest.raises(Rejected, match="the results differ"):
+        prove(GATED_NORM, cls(32))
+
+
+def test_relu_squared():
+    assert outcomes(tiny_model("nemotron"))["ReLUSquaredActivation"] == ["relu_squared()"]
+
+    class LeakyReLUSquared(nn.Module):
+        def forward(self, x):
+            return F.leaky_relu(x).square()
+
+    with pytest.raises(Rejected, match="is not relu_squared"):
+        prove(ACTIVATION, LeakyReLUSquared())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "how"),
+    [
+        ("deepseek_v4", "causal-lm", "limit=limit"),
+        ("glm5_next", "image-text-to-text", "limit=swiglu_limit"),
+        ("gpt_oss", "causal-lm", "up_offset=1.0, interleaved=True, limit=limit, alpha=alpha"),
+    ],
+)
+def test_a_clamp_that_ordinary_inputs_do_not_reach(model_type, task, how):
+    """It is no swiglu; the op that clamps reads the bound from the module."""
+    found = outcomes(tiny_model(model_type, task))
+    gates = [ours for name, (ours, *_) in found.items() if ours.startswith("gated_activation")]
+    assert gates
+    assert all(how in ours for ours in gates)
+    assert not any(ours.startswith("swiglu") for (ours, *_) in found.values())
+
+
+def test_a_bound_is_read_at_the_call():
+    model = tiny_model("deepseek_v4")
+    apply(model)
+    mlp = next(m for m in model.modules() if type(m).__name__ == "DeepseekV4MLP")
+    x = 100 * torch.randn(3, 64)
+    for mlp.limit in (10.0, 0.5):
+        torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x))
+
+
+class ClampedByNobody(LlamaMLP):
+    """Its attribute says one bound, its forward another."""
+
+    limit = 7.0
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=8.0), self.up_proj(x).clamp(-8.0, 8.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def test_a_clamp_at_another_bound():
+    with pytest.raises(Rejected, match="the results differ"):
+        prove(GATED_MLP, ClampedByNobody(tiny_config("llama")))
 
 
 @pytest.mark.parametrize("width", [16, 48, 80])

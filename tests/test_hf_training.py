@@ -21,6 +21,7 @@ from liger_fn.testing.tiny_models import (
 COMMON = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"),
     *("cohere", "granite", "glm4", "gpt2", "gpt_neox", "nemotron", "mixtral", "deepseek_v3"),
+    *("gpt_oss", "qwen3_next", "bamba"),
 )
 
 pytestmark = pytest.mark.usefixtures("on_device")

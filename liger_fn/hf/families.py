@@ -40,6 +40,7 @@ EPS_NAMES = (
     *("variance_epsilon", "eps", "epsilon", "norm_eps"),
     *("layer_norm_epsilon", "layer_norm_eps"),
 )
+LIMITS, ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 # What norms that keep no epsilon write in their forward.
 WRITTEN_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 
@@ -50,6 +51,7 @@ class Family:
 
     Args:
         offset: what the module adds to its weight, where the op has no option for it.
+        reads: options that the module keeps, and the names that its attribute may have.
     """
 
     op: str
@@ -57,10 +59,16 @@ class Family:
     variants: tuple[dict[str, Any], ...]
     parameters: tuple[str, ...] = ()
     offset: float = 0.0
+    reads: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the op by its name, so that whoever replaces it in `functional` is heard."""
         return getattr(functional, self.op)(*args, **kwargs)
+
+    def read_from(self, module: nn.Module) -> dict[str, str] | None:
+        """For each option that the module keeps, its attribute; None if it keeps not all."""
+        held = {option: _number_name(module, names) for option, names in self.reads}
+        return None if None in held.values() else held  # type: ignore[return-value]
 
     def how(self, *notes: str, **options: Any) -> str:
         """Write the op with its options."""
@@ -85,10 +93,10 @@ class Place:
         """Write a replacement of the method for each way in which the family may fit."""
         raise NotImplementedError
 
-    def shadow_and_input(
+    def shadow_and_inputs(
         self, module: nn.Module, dtypes: tuple[torch.dtype, torch.dtype], g: torch.Generator
-    ) -> tuple[nn.Module, torch.Tensor]:
-        """Make what a trial runs on."""
+    ) -> tuple[Any, ...]:
+        """Make what a trial runs on: a shadow, and the other arguments of the method."""
         raise NotImplementedError
 
     def prove(self, module: nn.Module, families: list[Family]) -> Proof:
@@ -103,8 +111,8 @@ class Place:
     def _trials(self, module: nn.Module, g: torch.Generator) -> Iterator[Trial]:
         original = getattr(type(module), self.method)
         for dtypes in self.dtypes:
-            s, x = self.shadow_and_input(module, dtypes, g)
-            yield Trial(dtypes[0], functools.partial(original, s, x), (s, x))
+            arguments = self.shadow_and_inputs(module, dtypes, g)
+            yield Trial(dtypes[0], functools.partial(original, *arguments), arguments)
 
 
 class Norm(Place):
@@ -114,7 +122,8 @@ class Norm(Place):
 
     def suggests(self, module):
         named = "norm" in type(module).__name__.lower()
-        return not module._modules and (named or _eps_name(module) is not None)
+        is_norm = not module._modules and (named or _eps_name(module) is not None)
+        return is_norm and not _takes_a_gate(module)
 
     def check(self, module):
         if not takes_one_input(type(module).forward):
@@ -135,7 +144,7 @@ class Norm(Place):
             notes += () if held else (f"eps={eps}",)
             yield Candidate(family.op, family.how(*notes, **options), run)
 
-    def shadow_and_input(self, module, dtypes, g):
+    def shadow_and_inputs(self, module, dtypes, g):
         width = _width(module)
         parameters = {
             name: nn.Parameter(torch.randn(width, generator=g, dtype=F32).to(dtypes[1]))
@@ -144,6 +153,49 @@ class Norm(Place):
         # Parameters that are None stay in the dictionary: a forward may ask for them.
         s = shadow(module, {**module._parameters, **parameters}, {})
         return s, rows_of_all_sizes(width, dtypes[0], g)
+
+
+class GatedNorm(Norm):
+    """A norm of `hidden_states` that an activated `gate` multiplies, before or after."""
+
+    def suggests(self, module):
+        return not module._modules and _takes_a_gate(module)
+
+    def check(self, module):
+        if any(p.dim() != 1 for p in _parameters(module).values()):
+            raise Rejected("has parameters that are not one-dimensional")
+        if _eps_name(module) is None:
+            raise Rejected("has no epsilon that is a number")
+
+    def candidates(self, module, family):
+        names, eps = tuple(_parameters(module)), _eps_name(module)
+        if not set(names) <= set(family.parameters):
+            return
+        for options, any_dtype in itertools.product(family.variants, (True, False)):
+            run = _gated_norm_forward(family, names, eps, options, any_dtype)
+            yield Candidate(family.op, family.how(**options), run)
+
+    def shadow_and_inputs(self, module, dtypes, g):
+        s, x = super().shadow_and_inputs(module, dtypes, g)
+        # Small rows meet small gates, large ones meet ordinary ones, and ordinary ones large ones.
+        return s, x, rows_of_all_sizes(x.shape[-1], dtypes[0], g).flip(0)
+
+
+class Activation(Place):
+    """A module that squares the positive part of what it gets, and does nothing else."""
+
+    def suggests(self, module):
+        return "relusquared" in type(module).__name__.lower()
+
+    def check(self, module):
+        if module._modules or module._parameters or not takes_one_input(type(module).forward):
+            raise Rejected("is more than a function of one input")
+
+    def candidates(self, module, family):
+        yield Candidate(family.op, family.how(), _activation_forward(family))
+
+    def shadow_and_inputs(self, module, dtypes, g):
+        return own_copy(module), rows_of_all_sizes(24, dtypes[0], g)
 
 
 class GatedMLP(Place):
@@ -166,11 +218,14 @@ class GatedMLP(Place):
             raise Rejected("has linear layers that do not fit together as gate, up and down")
 
     def candidates(self, module, family):
+        held = family.read_from(module)
+        if held is None:
+            return
         for options, names in itertools.product(family.variants, _roles(module)):
-            for notes, run in _mlp_forwards(family, options, *names):
-                yield Candidate(family.op, family.how(*notes, **options), run)
+            for notes, run in _mlp_forwards(_Reading(family, options, held), *names):
+                yield Candidate(family.op, family.how(*notes, **options, **held), run)
 
-    def shadow_and_input(self, module, dtypes, g):
+    def shadow_and_inputs(self, module, dtypes, g):
         linears, small = _linears(module), _small_sizes(module)
         children = {name: own_copy(child) for name, child in _others(module).items()}
         for name, linear in linears.items():
@@ -194,11 +249,14 @@ class ExpertsGate(Place):
         return hasattr(type(module), "_apply_gate") and getattr(module, "has_gate", False)
 
     def candidates(self, module, family):
+        held = family.read_from(module)
+        if held is None:
+            return
         for options in family.variants:
-            run = _gate(family, options)
-            yield Candidate(family.op, family.how("packed", **options), run)
+            run = _gate(_Reading(family, options, held))
+            yield Candidate(family.op, family.how("packed", **options, **held), run)
 
-    def shadow_and_input(self, module, dtypes, g):
+    def shadow_and_inputs(self, module, dtypes, g):
         children = {
             name: own_copy(child)
             for name, child in module.named_children()
@@ -207,10 +265,25 @@ class ExpertsGate(Place):
         return shadow(module, {}, children), rows_of_all_sizes(24, dtypes[0], g)
 
 
-NORM, GATED_MLP, EXPERTS_GATE = Norm(), GatedMLP(), ExpertsGate()
+NORM, GATED_NORM, ACTIVATION = Norm(), GatedNorm(), Activation()
+GATED_MLP, EXPERTS_GATE = GatedMLP(), ExpertsGate()
 
 CASTS = ({"cast_before_weight": True}, {"cast_before_weight": False})
 GELUS = ({"approximate": "tanh"}, {"approximate": "none"})
+# Bounds on gate and up, in DeepSeek's form and in that of GPT-OSS.
+BOUNDED = (
+    (({}, {"limit_activated": True}), (("limit", LIMITS),)),
+    (
+        ({"up_offset": 1.0}, {"up_offset": 1.0, "interleaved": True}),
+        (("limit", LIMITS), ("alpha", ALPHAS)),
+    ),
+)
+GATED_NORMS = tuple(
+    {"gate_first": first, "activation": activation, **cast}
+    for first in (False, True)
+    for activation in ("silu", "sigmoid")
+    for cast in CASTS
+)
 FAMILIES = [
     Family("rms_norm", NORM, (*CASTS, *({"offset": 1.0, **cast} for cast in CASTS)), ("weight",)),
     Family("layer_norm", NORM, ({},), ("weight", "bias")),
@@ -219,6 +292,13 @@ FAMILIES = [
     Family("swiglu", EXPERTS_GATE, ({},)),
     Family("geglu", GATED_MLP, GELUS),
     Family("geglu", EXPERTS_GATE, GELUS),
+    *(
+        Family("gated_activation", place, variants, reads=reads)
+        for place in (GATED_MLP, EXPERTS_GATE)
+        for variants, reads in BOUNDED
+    ),
+    Family("gated_rms_norm", GATED_NORM, GATED_NORMS, ("weight",)),
+    Family("relu_squared", ACTIVATION, ({},)),
 ]
 
 
@@ -249,40 +329,75 @@ def _norm_forward(norm, family, names, eps, options, any_dtype):
     return forward
 
 
-def _mlp_forwards(family, options, *names):
+def _gated_norm_forward(family, names, eps, options, any_dtype):
+    def forward(self, hidden_states, gate=None):
+        parameters, dtype = {name: getattr(self, name) for name in names}, hidden_states.dtype
+        is_mixed = any(p.dtype != dtype for p in parameters.values()) and not any_dtype
+        if gate is None or gate.dtype != dtype or gate.shape != hidden_states.shape or is_mixed:
+            return type(self).forward(self, hidden_states, gate)
+        width = hidden_states.shape[-1]
+        groups = width // getattr(self, "group_size", width)
+        epsilon = getattr(self, eps)
+        return family(hidden_states, gate, **parameters, eps=epsilon, groups=groups, **options)
+
+    return forward
+
+
+def _activation_forward(family):
+    def forward(self, input):
+        return family(input)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An op with options, some of which are attributes of the module."""
+
+    family: Family
+    options: dict[str, Any]
+    held: dict[str, str]
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        if not self.held:
+            return self.family(*args, **self.options)
+        read = {option: getattr(module, name) for option, name in self.held.items()}
+        return self.family(*args, **self.options, **read)
+
+
+def _mlp_forwards(op, *names):
     if len(names) == 3:
-        yield (), _separate(family, options, *names)
+        yield (), _separate(op, *names)
     else:
-        yield ("packed",), _packed(family, options, *names)
-        yield ("packed, up first",), _packed_up_first(family, options, *names)
+        yield ("packed",), _packed(op, *names)
+        yield ("packed, up first",), _packed_up_first(op, *names)
 
 
-def _separate(family, options, gate, up, down):
+def _separate(op, gate, up, down):
     def forward(self, x):
-        product = family(getattr(self, gate)(x), getattr(self, up)(x), **options)
-        return getattr(self, down)(product)
+        return getattr(self, down)(op(self, getattr(self, gate)(x), getattr(self, up)(x)))
 
     return forward
 
 
-def _packed(family, options, gate_up, down):
+def _packed(op, gate_up, down):
     def forward(self, x):
-        return getattr(self, down)(family(getattr(self, gate_up)(x), **options))
+        return getattr(self, down)(op(self, getattr(self, gate_up)(x)))
 
     return forward
 
 
-def _packed_up_first(family, options, up_gate, down):
+def _packed_up_first(op, up_gate, down):
     def forward(self, x):
         up, gate = getattr(self, up_gate)(x).chunk(2, -1)
-        return getattr(self, down)(family(gate, up, **options))
+        return getattr(self, down)(op(self, gate, up))
 
     return forward
 
 
-def _gate(family, options):
+def _gate(op):
     def _apply_gate(self, gate_up_out):
-        return family(gate_up_out, **options)
+        return op(self, gate_up_out)
 
     return _apply_gate
 
@@ -299,7 +414,17 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _eps_name(module: nn.Module) -> str | None:
-    return next((n for n in EPS_NAMES if isinstance(getattr(module, n, None), float)), None)
+    return _number_name(module, EPS_NAMES)
+
+
+def _number_name(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Which of the names is an attribute that is a number."""
+    return next((name for name in names if isinstance(getattr(module, name, None), float)), None)
+
+
+def _takes_a_gate(module: nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters
+    return list(parameters) == ["self", "hidden_states", "gate"]
 
 
 def _width(module: nn.Module) -> int:

@@ -26,7 +26,10 @@ from liger_fn.hf.output_head import FUSED
 from liger_fn.testing import tiny_models
 from liger_fn.testing.tiny_models import loss_and_gradients
 
-OPS = (FUSED, "rms_norm", "layer_norm", "rope", "swiglu", "geglu")
+OPS = (
+    *(FUSED, "rms_norm", "layer_norm", "gated_rms_norm", "rope"),
+    *("swiglu", "geglu", "gated_activation", "relu_squared"),
+)
 HEADS = {FUSED: "fused head and loss"}
 
 
