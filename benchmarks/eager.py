@@ -168,6 +168,10 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6
     return (rms_norm(x, weight, eps=eps) * F.silu(gate.float())).to(x.dtype)
 
 
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, num_groups, weight, bias)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

@@ -129,6 +129,9 @@ class Torch(Provider):
 
         return call
 
+    def group_norm(self):
+        return lambda x, num_groups, weight, bias: F.group_norm(x, num_groups, weight, bias)
+
     def embedding(self):
         return lambda input, weight: F.embedding(input, weight)
 
@@ -200,6 +203,16 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def group_norm(self):
+        from liger_kernel.transformers.functional import liger_group_norm
+
+        def call(x, num_groups, weight, bias, *, eps=1e-5):
+            flat = x.reshape(*x.shape[:2], -1)
+            return liger_group_norm(flat, weight, bias, x.shape[1], num_groups, eps).reshape(
+                x.shape
+            )
+
+        return call
 
     def dyt(self):
         from liger_kernel.transformers.functional import liger_dyt

@@ -206,6 +206,10 @@ def test_gated_norms_are_hugging_faces():
     assert "groups=3" in repr(ours)
 
 
+def test_group_norm_is_torchs():
+    assert_same(lnn.GroupNorm(3, 6), nn.GroupNorm(3, 6), torch.randn(2, 6, 4, 5))
+
+
 def test_dyt_starts_as_a_tanh():
     x = torch.randn(3, 24)
     torch.testing.assert_close(lnn.DyT(24)(x), torch.tanh(0.5 * x))

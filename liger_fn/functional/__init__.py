@@ -28,6 +28,7 @@ from liger_fn.functional.loss.tvd import tvd
 from liger_fn.functional.norm.dyt import dyt
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.gated_rms_norm import gated_rms_norm
+from liger_fn.functional.norm.group_norm import group_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
@@ -43,6 +44,7 @@ __all__ = [
     "gated_activation",
     "gated_rms_norm",
     "geglu",
+    "group_norm",
     "jsd",
     "kl_div",
     "layer_norm",

@@ -9,6 +9,7 @@ from liger_fn.nn.divergence import JSDLoss, KLDivLoss, SoftTargetCrossEntropyLos
 from liger_fn.nn.dyt import DyT
 from liger_fn.nn.embedding import Embedding
 from liger_fn.nn.gated_norm import GatedRMSNorm
+from liger_fn.nn.group_norm import GroupNorm
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
@@ -36,6 +37,7 @@ __all__ = [
     "FusedLinearSimPOLoss",
     "GatedRMSNorm",
     "GeGLUMLP",
+    "GroupNorm",
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",

@@ -32,12 +32,19 @@ from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,
     has_work,
-    next_power_of_2,
     sm_count,
     tl,
     triton,
     triton_dtype,
     unit_stride,
+)
+from liger_fn.functional.norm.blocks import (
+    PER_SM,
+    add_to_part,
+    block_config,
+    load_block,
+    load_features,
+    store_block,
 )
 from liger_fn.functional.norm.rows import _affine, _strips, _sums_of_parts, check_norm
 
@@ -70,31 +77,6 @@ def reference(
     return (y if gate_first else y * act).to(x.dtype)
 
 
-@triton.jit
-def _load_block(ptr, row, stride_n, in_n, start, D, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr):
-    col = start + tl.arange(0, BLOCK_D)
-    inside = in_n[:, None] & (col < D)[None, :]
-    block = tl.load(ptr + row[:, None] * stride_n + col[None, :], mask=inside, other=0.0)
-    return block.to(COMPUTE)
-
-
-@triton.jit
-def _store_block(ptr, row, stride_n, in_n, start, D, block, BLOCK_D: tl.constexpr):
-    col = start + tl.arange(0, BLOCK_D)
-    inside = in_n[:, None] & (col < D)[None, :]
-    tl.store(ptr + row[:, None] * stride_n + col[None, :], block, mask=inside)
-
-
-@triton.jit
-def _load_weight(ptr, start, D, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load a block of the weight as a row, None if there is none."""
-    weight = None
-    if ptr is not None:
-        col = start + tl.arange(0, BLOCK_D)
-        weight = tl.load(ptr + col, mask=col < D, other=0.0).to(COMPUTE)[None, :]
-    return weight
-
-
 @triton.jit(do_not_specialize=["N"])
 def _gated_rms_norm_fwd_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr,
@@ -113,9 +95,9 @@ def _gated_rms_norm_fwd_kernel(
 
     squares = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in range(0, D, BLOCK_D):
-        h = _load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+        h = load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
         if GATE_FIRST:
-            gate = _load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+            gate = load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
             act, _ = activate(gate, ACTIVATION, 1.0)
             h *= act
         squares += h * h
@@ -123,16 +105,16 @@ def _gated_rms_norm_fwd_kernel(
     tl.store(rstd_ptr + row * tl.num_programs(1) + group, rstd, mask=in_n)
 
     for start in range(0, D, BLOCK_D):
-        h = _load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-        gate = _load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-        weight = _load_weight(weight_ptr, start, D, COMPUTE, BLOCK_D)
+        h = load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+        gate = load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+        weight = load_features(weight_ptr, start, D, COMPUTE, BLOCK_D)
         act, _ = activate(gate, ACTIVATION, 1.0)
         if GATE_FIRST:
             h *= act
         y = _affine(h * rstd[:, None], weight, None, 0.0, y_ptr.dtype.element_ty, CAST)
         if not GATE_FIRST:
             y *= act
-        _store_block(y_ptr, row, y_stride_n, in_n, start, D, y, BLOCK_D)
+        store_block(y_ptr, row, y_stride_n, in_n, start, D, y, BLOCK_D)
 
 
 @triton.jit
@@ -143,10 +125,10 @@ def _load_all(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Load a block, and give x, act, act′, ĥ, p and g of it."""
-    x = _load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-    gate = _load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-    p = _load_block(dy_ptr, row, dy_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-    weight = _load_weight(weight_ptr, start, D, COMPUTE, BLOCK_D)
+    x = load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+    gate = load_block(gate_ptr, row, gate_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+    p = load_block(dy_ptr, row, dy_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
+    weight = load_features(weight_ptr, start, D, COMPUTE, BLOCK_D)
     act, dact = activate(gate, ACTIVATION, 1.0)
     hhat = x * rstd[:, None]
     if GATE_FIRST:
@@ -208,30 +190,13 @@ def _gated_rms_norm_bwd_kernel(
                 dgate *= dx
                 dx *= act
             if dx_ptr is not None:
-                _store_block(dx_ptr, row, dx_stride_n, in_n, start, D, dx, BLOCK_D)
+                store_block(dx_ptr, row, dx_stride_n, in_n, start, D, dx, BLOCK_D)
             if dgate_ptr is not None:
-                _store_block(dgate_ptr, row, dx_stride_n, in_n, start, D, dgate, BLOCK_D)
+                store_block(dgate_ptr, row, dx_stride_n, in_n, start, D, dgate, BLOCK_D)
             if dweight_part_ptr is not None:
-                col = start + tl.arange(0, BLOCK_D)
-                # In the first step there is nothing yet.
-                held = tl.where(step > 0, D, 0)
-                so_far = tl.load(dweight_part_ptr + col, mask=col < held, other=0.0)
-                tl.store(dweight_part_ptr + col, so_far + tl.sum(p * hhat, axis=0), mask=col < D)
-        # What one thread has written, another may read.
+                share = tl.sum(p * hhat, axis=0)
+                add_to_part(dweight_part_ptr, step, start, D, share, BLOCK_D)
         tl.debug_barrier()
-
-
-def _gated_rms_norm_config(W: int) -> dict:
-    """4096 elements for eight warps: two 16-byte loads of each input a thread.
-
-    Four rows at least, where they are wide, share what is read and written of dweight's parts.
-    """
-    block_d = min(1024, next_power_of_2(W))
-    return {"BLOCK_D": block_d, "BLOCK_N": min(32, 4096 // block_d), "num_warps": 8}
-
-
-# Programs of 256 threads that fit on a multiprocessor with the registers of the backward pass.
-_PER_SM = 2
 
 
 def gated_rms_norm_fwd(
@@ -250,7 +215,7 @@ def gated_rms_norm_fwd(
     if has_work(y):
         x, gate, weight = as_rows(x), as_rows(gate), unit_stride(weight)
         N, D = x.shape
-        config = _gated_rms_norm_config(D // groups)
+        config = block_config(D // groups)
         launch(
             _gated_rms_norm_fwd_kernel, (cdiv(N, config["BLOCK_N"]), groups),
             x, gate, weight, y, rstd, x.stride(0), gate.stride(0), D, N, D // groups,
@@ -283,8 +248,8 @@ def gated_rms_norm_bwd(
     x, gate, dy = as_rows(x), as_rows(gate), as_rows(dy)
     weight, rstd = unit_stride(weight), unit_stride(rstd)
     N, D = x.shape
-    config = _gated_rms_norm_config(D // groups)
-    programs, strip = _strips(N, config["BLOCK_N"], cdiv(_PER_SM * sm_count(x.device), groups))
+    config = block_config(D // groups)
+    programs, strip = _strips(N, config["BLOCK_N"], cdiv(PER_SM * sm_count(x.device), groups))
     part = x.new_empty((programs, D), dtype=rstd.dtype) if need_dweight else None
     launch(
         _gated_rms_norm_bwd_kernel, (programs, groups),

@@ -12,6 +12,7 @@ OPS = (
     "gated_activation",
     "gated_rms_norm",
     "geglu",
+    "group_norm",
     "jsd",
     "kl_div",
     "layer_norm",

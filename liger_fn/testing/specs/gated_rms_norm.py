@@ -7,6 +7,7 @@ import triton.language as tl
 
 from liger_fn.functional import gated_rms_norm
 from liger_fn.functional.norm import gated_rms_norm as room
+from liger_fn.functional.norm.blocks import block_config
 from liger_fn.testing.spec import BadCall, Case, Compilation, OpSpec
 from liger_fn.testing.specs.norm import benchmarks
 
@@ -40,7 +41,7 @@ def kernels() -> list[Compilation]:
                     "ACTIVATION": "silu",
                     "COMPUTE": tl.float32,
                     **({"EPS": 1e-6, "CAST": False} if passed == "fwd" else {}),
-                    **room._gated_rms_norm_config(W),
+                    **block_config(W),
                 }
                 warps = constants.pop("num_warps")
                 runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
