@@ -172,6 +172,14 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tens
     return F.group_norm(x, num_groups, weight, bias)
 
 
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """PolyCom's module."""
+    cube, square, first = (
+        u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps) for u in (x**3, x**2, x)
+    )
+    return weight[0] * cube + weight[1] * square + weight[2] * first + bias
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

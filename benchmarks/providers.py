@@ -203,14 +203,18 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def poly_norm(self):
+        from liger_kernel.transformers.functional import liger_poly_norm
+
+        return lambda x, weight, bias, *, eps=1e-6: liger_poly_norm(x, weight, bias, eps)
+
     def group_norm(self):
         from liger_kernel.transformers.functional import liger_group_norm
 
         def call(x, num_groups, weight, bias, *, eps=1e-5):
             flat = x.reshape(*x.shape[:2], -1)
-            return liger_group_norm(flat, weight, bias, x.shape[1], num_groups, eps).reshape(
-                x.shape
-            )
+            y = liger_group_norm(flat, weight, bias, x.shape[1], num_groups, eps)
+            return y.reshape(x.shape)
 
         return call
 

@@ -210,6 +210,13 @@ def test_group_norm_is_torchs():
     assert_same(lnn.GroupNorm(3, 6), nn.GroupNorm(3, 6), torch.randn(2, 6, 4, 5))
 
 
+def test_poly_norm_starts_as_the_mean_of_three_norms():
+    x = torch.randn(3, 24)
+    expected = sum(F.rms_norm(x**k, (24,), eps=1e-6) for k in (1, 2, 3)) / 3
+    torch.testing.assert_close(lnn.PolyNorm()(x), expected)
+    assert list(lnn.PolyNorm().state_dict()) == ["weight", "bias"]
+
+
 def test_dyt_starts_as_a_tanh():
     x = torch.randn(3, 24)
     torch.testing.assert_close(lnn.DyT(24)(x), torch.tanh(0.5 * x))

@@ -13,6 +13,7 @@ from liger_fn.nn.group_norm import GroupNorm
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
+from liger_fn.nn.poly_norm import PolyNorm
 from liger_fn.nn.position import RotaryEmbedding
 from liger_fn.nn.preference import (
     FusedLinearCPOLoss,
@@ -41,6 +42,7 @@ __all__ = [
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",
+    "PolyNorm",
     "RMSNorm",
     "ReLUSquared",
     "RotaryEmbedding",

@@ -17,6 +17,7 @@ OPS = (
     "kl_div",
     "layer_norm",
     "logprobs",
+    "poly_norm",
     "relu_squared",
     "rms_norm",
     "rope",
