@@ -180,6 +180,18 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> 
     return weight[0] * cube + weight[1] * square + weight[2] * first + bias
 
 
+def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """DiT's `modulate` of its norm without parameters."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def modulated_rms_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    h = x.float()
+    normed = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

@@ -203,6 +203,15 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+    def modulated_rms_norm(self):
+        from liger_kernel.transformers.functional import liger_modulated_rms_norm
+
+        def call(x, scale, shift, *, eps=1e-6):
+            each = (t.unsqueeze(1) for t in (scale, shift))
+            return liger_modulated_rms_norm(x, None, *each, eps)
+
+        return call
+
     def poly_norm(self):
         from liger_kernel.transformers.functional import liger_poly_norm
 

@@ -30,6 +30,8 @@ from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.gated_rms_norm import gated_rms_norm
 from liger_fn.functional.norm.group_norm import group_norm
 from liger_fn.functional.norm.layer_norm import layer_norm
+from liger_fn.functional.norm.modulated_layer_norm import modulated_layer_norm
+from liger_fn.functional.norm.modulated_rms_norm import modulated_rms_norm
 from liger_fn.functional.norm.poly_norm import poly_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
@@ -50,6 +52,8 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "logprobs",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
     "poly_norm",
     "relu_squared",
     "rms_norm",

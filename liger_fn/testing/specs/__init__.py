@@ -17,6 +17,8 @@ OPS = (
     "kl_div",
     "layer_norm",
     "logprobs",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
     "poly_norm",
     "relu_squared",
     "rms_norm",
