@@ -203,6 +203,7 @@ class Liger(Provider):
         from liger_kernel.transformers.functional import liger_softmax
 
         return lambda x: liger_softmax(x)
+
     def modulated_rms_norm(self):
         from liger_kernel.transformers.functional import liger_modulated_rms_norm
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     dense_like,
@@ -216,7 +217,8 @@ def group_norm_fwd(
         x, weight, bias = _dense_positions(x), unit_stride(weight), unit_stride(bias)
         B, C, S = x.shape
         K = C // num_groups
-        _group_norm_fwd_kernel[(B * num_groups,)](
+        launch(
+            _group_norm_fwd_kernel, (B * num_groups,),
             x, weight, bias, y, mean, rstd, x.stride(0), x.stride(1), num_groups, K, S,
             EPS=eps, COMPUTE=triton_dtype(mean.dtype), **_group_norm_config(K, S),
         )  # fmt: skip
@@ -246,7 +248,8 @@ def group_norm_bwd(
     B, C, S = x.shape
     K = C // num_groups
     parts = [None if t is None else x.new_empty((B, C), dtype=mean.dtype) for t in like]
-    _group_norm_bwd_kernel[(B * num_groups,)](
+    launch(
+        _group_norm_bwd_kernel, (B * num_groups,),
         x, weight, unit_stride(mean), unit_stride(rstd), dy, dx, *parts,
         x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), num_groups, K, S,
         COMPUTE=triton_dtype(mean.dtype), **_group_norm_config(K, S),

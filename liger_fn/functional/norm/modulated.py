@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from liger_fn.functional.core import check
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -182,7 +183,8 @@ def modulated_fwd(
         x = batches(x)
         B, T, D = x.shape
         config = _modulated_config(T, D)
-        _modulated_fwd_kernel[(B * cdiv(T, config["BLOCK_N"]),)](
+        launch(
+            _modulated_fwd_kernel, (B * cdiv(T, config["BLOCK_N"]),),
             x, unit_stride(scale), unit_stride(shift), y, mean, rstd,
             x.stride(0), x.stride(1), T, D,
             OFFSET=offset, EPS=eps, COMPUTE=triton_dtype(rstd.dtype), **config,
@@ -214,7 +216,8 @@ def modulated_bwd(
     config = _modulated_config(T, D)
     strips, strip = _strips(T, config["BLOCK_N"], cdiv(PER_SM * sm_count(x.device), B))
     parts = [None if t is None else x.new_empty((B, strips, D), dtype=rstd.dtype) for t in like]
-    _modulated_bwd_kernel[(B * strips,)](
+    launch(
+        _modulated_bwd_kernel, (B * strips,),
         x, unit_stride(scale), unit_stride(mean), unit_stride(rstd), dy, dx, *parts,
         x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), T, D, strip, strips,
         OFFSET=offset, COMPUTE=triton_dtype(rstd.dtype), **config,

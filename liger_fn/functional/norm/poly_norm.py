@@ -17,6 +17,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
+from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -150,7 +151,8 @@ def poly_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
         x, weight = as_rows(x), unit_stride(weight)
         N, D = x.shape
         config = block_config(D)
-        _poly_norm_fwd_kernel[(cdiv(N, config["BLOCK_N"]),)](
+        launch(
+            _poly_norm_fwd_kernel, (cdiv(N, config["BLOCK_N"]),),
             x, weight, bias, y, rstd, x.stride(0), N, D,
             EPS=eps, COMPUTE=triton_dtype(rstd.dtype), **config,
         )  # fmt: skip
@@ -182,7 +184,8 @@ def poly_norm_bwd(
         None if t is None else x.new_empty((programs, width), dtype=rstd.dtype)
         for t, width in zip(like, (3, 1), strict=True)
     ]
-    _poly_norm_bwd_kernel[(programs,)](
+    launch(
+        _poly_norm_bwd_kernel, (programs,),
         x, unit_stride(weight), unit_stride(rstd), dy, dx, *parts,
         x.stride(0), dy.stride(0), N, D, strip, COMPUTE=triton_dtype(rstd.dtype), **config,
     )  # fmt: skip
