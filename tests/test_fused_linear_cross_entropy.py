@@ -97,6 +97,7 @@ def chosen(N, V, H, chunk_size=None, memory_budget=None):
         ((8192, 128256, 4096), (3072, 5120, False)),
         ((8192, 32000, 4096), (8192, 8192, False)),
         ((8192, 262144, 2560), (3072, 5120, False)),  # 1.25 GiB more make it two chunks
+        ((8192, 151936, 4096), (3072, 5120, False)),  # as little more as two chunks need
         ((16384, 128256, 4096), (7168, 9216, False)),
         ((65536, 128256, 4096), (4096, 5120, True)),  # too many for 16 bits
         ((9000, 2**31, 1), (1, 1, True)),

@@ -58,7 +58,7 @@ class Limits:
         else:
             most, larger = self._most(weight), self._most(weight, with_sums=True)
             if not self.wide and not _half(most, N) and _half(larger, N):
-                most = larger
+                most = min(larger, cdiv(cdiv(5 * N, 8), 128) * 128)
         if most >= N:
             return Plan(N, N)
         count = cdiv(N, most)
