@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
+from torch._dynamo.testing import CompileCounter
 
 from liger_fn.hf import apply
+from liger_fn.hf.output_head import FUSED
 from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_inputs, tiny_model
 
 # Common families: a training step is one graph.
 WHOLE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite")
 # A loss by the module CrossEntropyLoss, F.tanh around the logits, layer norms, experts, breaks.
-OTHERS = ("bart", "recurrent_gemma", "gpt_neox", "mixtral", "gpt2")
+# Of Bart the loss alone: where some versions break by themselves, Dynamo runs torch's layer norm
+# between two breaks as it is, and makes a graph of ours.
+OTHERS = {"bart": [FUSED], **dict.fromkeys(("recurrent_gemma", "gpt_neox", "mixtral", "gpt2"))}
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +52,20 @@ def test_compiled_by_inductor(device):
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
-def test_a_patched_model_has_no_more_graph_breaks(model_type, device):
+def test_a_patched_model_is_in_no_more_graphs(model_type, device):
     model, inputs = model_and_inputs(model_type, device)
-    expected, before = loss_and_breaks(model, inputs)
-    apply(model)
-    loss, after = loss_and_breaks(model, inputs)
+    expected, before = loss_and_graphs(model, inputs)
+    assert apply(model, ops=OTHERS[model_type]).replaced()[FUSED] == 1
+    loss, after = loss_and_graphs(model, inputs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert after <= before
 
 
-def loss_and_breaks(model, inputs):
+def loss_and_graphs(model, inputs):
+    """What breaks a graph makes two of it; a break in a frame without ops makes none."""
     torch._dynamo.reset()
-    counters.clear()
-    loss = torch.compile(model, backend="eager")(**inputs)[0]
-    return loss, sum(counters["graph_break"].values())
+    counter = CompileCounter()
+    return torch.compile(model, backend=counter)(**inputs)[0], counter.frame_count
 
 
 def test_compiled_without_labels_after_training_with_them(device):

@@ -51,10 +51,14 @@ class DeferringHead(Swapped):
 
     # The op, and the thread that computes the loss: written at once.
     _liger_loss: tuple[str, int] | None = None
+    _liger_breaks = False
 
     def __call__(self, x, *args, **kwargs):
         if args or kwargs or not _computes_a_loss(self):
             return nn.Module.__call__(self, x, *args, **kwargs)
+        # Asked here: the model's own forward may not be compiled, where it breaks by itself.
+        if self._liger_breaks and torch.compiler.is_compiling():
+            return nn.Module.__call__(self, x)
         if self._liger_loss[0] == PLAIN:
             logits = nn.Module.__call__(self, x)
             return Deferred(None, logits, logits.shape[-1])
@@ -116,8 +120,6 @@ def _deferring(run: Callable) -> Callable:
         # None where another library still calls this after it was undone.
         mode = getattr(self, "_liger_mode", None)
         head = _head_at(self, self._liger_head) if mode and has_labels else None
-        if torch.compiler.is_compiling() and getattr(self, "_liger_breaks", False):
-            head = None
         if head is None or not (defers or mode == PLAIN):
             return run(self, *args, **kwargs)
         with deferring(head, mode):
@@ -154,6 +156,7 @@ def _head_at(model: nn.Module, path: str) -> nn.Module | None:
     with contextlib.suppress(Rejected):
         check_head(head)
         swap(head, DeferringHead)
+        head.__dict__["_liger_breaks"] = _breaks_when_compiled(model, path)
         return head
     return None
 
@@ -177,8 +180,8 @@ def defer(model: nn.Module, mode: str) -> str:
         swap(head, DeferringHead)
     if not isinstance(model, DeferringModel):
         _swap_model(model)
-    breaks = _breaks_when_compiled(model, path)
-    model.__dict__.update(_liger_mode=mode, _liger_head=path, _liger_breaks=breaks)
+    head.__dict__["_liger_breaks"] = _breaks_when_compiled(model, path)
+    model.__dict__.update(_liger_mode=mode, _liger_head=path)
     return path
 
 
