@@ -54,7 +54,7 @@ def exact(spec: OpSpec, inputs: Inputs) -> Answer:
 def _exact_loss(spec: OpSpec, inputs: Inputs) -> Answer:
     """Over slices of rows, added up: all of the logits in float64 may not fit."""
     arguments = inputs.detached
-    mean = arguments.pop("reduction", "mean") == "mean"
+    mean = arguments.pop("reduction", "mean") in ("mean", "batchmean")
     by_row = [name for name in spec.rows if isinstance(arguments.get(name), Tensor)]
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     rows, step = arguments[by_row[0]].shape[0], max(1, _SLICE // max(max(t.shape) for t in tensors))
@@ -71,7 +71,7 @@ def _exact_loss(spec: OpSpec, inputs: Inputs) -> Answer:
         total += loss.detach()
 
     for t in (total, *gradients.values()):
-        t /= _counted(arguments, by_row) if mean else 1
+        t /= _counted(arguments, by_row, rows) if mean else 1
     return _named(inputs, (total,), gradients.values())
 
 
@@ -83,10 +83,10 @@ def _wanted(inputs: Inputs, by_row: list[str]) -> dict[str, Tensor]:
     }
 
 
-def _counted(arguments: dict[str, Any], by_row: list[str]) -> Tensor:
-    """How many rows a mean divides by."""
-    targets = next(arguments[n] for n in by_row if not arguments[n].is_floating_point())
-    return (targets != arguments.get("ignore_index", -100)).sum()
+def _counted(arguments: dict[str, Any], by_row: list[str], rows: int) -> Tensor | int:
+    """How many rows a mean divides by: those not ignored, if there are targets that say so."""
+    targets = [arguments[n] for n in by_row if not arguments[n].is_floating_point()]
+    return (targets[0] != arguments.get("ignore_index", -100)).sum() if targets else rows
 
 
 def worst(got: Answer, want: Answer) -> tuple[str, float]:

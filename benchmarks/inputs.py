@@ -63,7 +63,8 @@ class Inputs:
 
 def draw_inputs(spec: OpSpec, benchmark: Benchmark, draw: Draw) -> Inputs:
     arguments = benchmark.make(draw)
-    grads = tuple(n for n in spec.grads if isinstance(arguments.get(n), Tensor))
+    wanted = benchmark.grads or spec.grads
+    grads = tuple(n for n in wanted if isinstance(arguments.get(n), Tensor))
     # On the meta device the reference costs nothing, and says what the results look like.
     outputs = results(spec.reference(**{n: _to_meta(value) for n, value in arguments.items()}))
     cotangents = tuple(draw.normal(*t.shape) if t.dim() else None for t in outputs)

@@ -1,6 +1,13 @@
 """Calls so small that nobody waits for the device: they show what a call costs the host."""
 
-from liger_fn.testing.spec import Benchmark, OpSpec
+from torch import Tensor
+
+from liger_fn.testing.spec import Benchmark, Draw, OpSpec
+
+
+def _log_probabilities(d: Draw) -> Tensor:
+    return d.normal(16, 1024).float().log_softmax(-1).to(d.dtype)
+
 
 _TINY = {
     "rms_norm": lambda d: {"x": d.normal(16, 1024), "weight": d.normal(1024)},
@@ -23,6 +30,18 @@ _TINY = {
         "cos": d.uniform(1, 16, 32).repeat(1, 1, 2),
         "sin": d.uniform(1, 16, 32).repeat(1, 1, 2),
     },
+    "jsd": lambda d: {"input": _log_probabilities(d), "target": _log_probabilities(d)},
+    "kl_div": lambda d: {
+        "input": _log_probabilities(d),
+        "target": _log_probabilities(d),
+        "reduction": "batchmean",
+        "log_target": True,
+    },
+    "tvd": lambda d: {"input": _log_probabilities(d).exp(), "target": _log_probabilities(d).exp()},
+    "soft_target_cross_entropy": lambda d: {
+        "logits": d.normal(16, 1024),
+        "target": _log_probabilities(d).exp(),
+    },
     "cross_entropy": lambda d: {"logits": d.normal(16, 1024), "target": d.integers(1024, 16)},
     "fused_linear_cross_entropy": lambda d: {
         # Not as many tokens as features, which quack refuses.
@@ -41,4 +60,5 @@ _TINY = {
 
 def tiny(spec: OpSpec) -> Benchmark:
     """The op's tiny call; of an op that has none here, the first case of its tests."""
-    return Benchmark("tiny", _TINY.get(spec.name, spec.cases[0].make))
+    grads = spec.benchmarks[0].grads if spec.benchmarks else ()
+    return Benchmark("tiny", _TINY.get(spec.name, spec.cases[0].make), grads=grads)

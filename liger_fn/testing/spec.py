@@ -75,7 +75,10 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One shape to time: `bytes_*` are the least that must move, `flops_*` the matrix work."""
+    """One shape to time: `bytes_*` are the least that must move, `flops_*` the matrix work.
+
+    `grads` names the arguments that get a gradient; without it, all that the op differentiates.
+    """
 
     id: str
     make: Callable[[Draw], Arguments]
@@ -83,6 +86,7 @@ class Benchmark:
     bytes_bwd: int = 0
     flops_fwd: int = 0
     flops_bwd: int = 0
+    grads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def benchmark(N: int, V: int, make, backward: int = 6, **options) -> Benchmark:
         lambda d: {"input": make(d, N, V), "target": make(d, N, V), **options},
         bytes_fwd=4 * N * V,
         bytes_bwd=backward * N * V,
+        # The teacher is a constant, to the peers too.
+        grads=("input",),
     )
 
 

@@ -63,6 +63,7 @@ def benchmark(N: int, V: int) -> Benchmark:
         lambda d: {"logits": d.normal(N, V), "target": probabilities(d, N, V)},
         bytes_fwd=4 * N * V,
         bytes_bwd=6 * N * V,
+        grads=("logits",),
     )
 
 
