@@ -83,9 +83,20 @@ def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path)
             axes.axhline(row.ms, color=_UNKNOWN, linestyle=":", linewidth=1)
         elif not _is_ours(row):
             axes.scatter([row.peak_mib], [row.ms], color=color, zorder=3)
-        at = (line[-1][0], row.ms) if floor else (row.peak_mib, row.ms)
-        axes.annotate(row.provider, at, (4, 4), textcoords="offset points", fontsize=7)
+        # Ours below the line, straight; the others above it, aslant: they crowd at the fast end.
+        below = _is_ours(row) or floor
+        axes.annotate(
+            row.provider.removeprefix("liger_fn-"),
+            (line[0][0], row.ms) if floor else (row.peak_mib, row.ms),
+            (0, -12) if below else (2, 6),
+            textcoords="offset points",
+            rotation=0 if below else 35,
+            ha="center" if below else "left",
+            fontsize=7,
+        )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     axes.set_xlabel("peak memory above the inputs, MiB (gradients included)", fontsize=8)
     axes.set_ylabel("milliseconds, forward and backward", fontsize=8)
     axes.set_ylim(bottom=0)
