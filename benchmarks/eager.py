@@ -120,6 +120,61 @@ def fused_linear_logprobs(
     return logprobs(F.linear(x, weight), y, entropy=entropy, top1=top1)
 
 
+def fused_linear_jsd(
+    weight: Tensor,
+    x: Tensor,
+    teacher_weight: Tensor,
+    teacher_x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+) -> Tensor:
+    """TRL's `generalized_jsd_loss`, of logits and a mask."""
+    return _of_both(jsd, weight, x, teacher_weight, teacher_x, labels, beta=beta)
+
+
+def fused_linear_kl_div(
+    weight: Tensor,
+    x: Tensor,
+    teacher_weight: Tensor,
+    teacher_x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor:
+    """The same at an end of β."""
+
+    def terms(log_q, log_p):
+        first, second = (log_p, log_q) if reverse else (log_q, log_p)
+        return F.kl_div(first, second, reduction="sum", log_target=True) / log_q.shape[0]
+
+    return _of_both(terms, weight, x, teacher_weight, teacher_x, labels)
+
+
+def fused_linear_tvd(
+    weight: Tensor,
+    x: Tensor,
+    teacher_weight: Tensor,
+    teacher_x: Tensor,
+    labels: Tensor | None = None,
+) -> Tensor:
+    def terms(log_q, log_p):
+        return tvd(log_q.exp(), log_p.exp())
+
+    return _of_both(terms, weight, x, teacher_weight, teacher_x, labels)
+
+
+def _of_both(loss, weight, x, teacher_weight, teacher_x, labels, **options) -> Tensor:
+    """A loss of the log probabilities of the rows that count; their mask waits for the device."""
+    log_q = F.linear(x, weight).float().log_softmax(-1)
+    with torch.no_grad():
+        log_p = F.linear(teacher_x, teacher_weight).float().log_softmax(-1)
+    if labels is not None:
+        mask = labels != -100
+        log_q, log_p = log_q[mask], log_p[mask]
+    return loss(log_q, log_p, **options)
+
+
 def kl_div(
     input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False
 ) -> Tensor:

@@ -259,6 +259,19 @@ class Liger(Provider):
 
         return call
 
+    def fused_linear_jsd(self):
+        from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+        def call(
+            weight, x, teacher_weight, teacher_x, labels=None, *, beta=0.5, temperature=1.0,
+            ignore_index=-100,
+        ):  # fmt: skip
+            return liger_fused_linear_jsd(
+                x, weight, teacher_x, teacher_weight, labels, beta, ignore_index, temperature
+            )
+
+        return call
+
     def tvd(self):
         from liger_kernel.transformers.functional import liger_tvd
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from liger_fn.testing.spec import Benchmark, Draw, OpSpec
+from liger_fn.testing.specs.fused_linear_divergence import heads
 
 
 def _log_probabilities(d: Draw) -> Tensor:
@@ -55,6 +56,9 @@ _TINY = {
         "x": d.normal(128, 256),
         "y": d.integers(1024, 128),
     },
+    "fused_linear_jsd": lambda d: heads(d, 128, 256, 512, 1024),
+    "fused_linear_kl_div": lambda d: heads(d, 128, 256, 512, 1024),
+    "fused_linear_tvd": lambda d: heads(d, 128, 256, 512, 1024, apart=True),
 }
 
 

@@ -18,7 +18,10 @@ from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_ent
 from liger_fn.functional.linear_loss.cross_entropy_accumulate import (
     fused_linear_cross_entropy_accumulate,
 )
+from liger_fn.functional.linear_loss.jsd import fused_linear_jsd
+from liger_fn.functional.linear_loss.kl_div import fused_linear_kl_div
 from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
+from liger_fn.functional.linear_loss.tvd import fused_linear_tvd
 from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.loss.jsd import jsd
 from liger_fn.functional.loss.kl_div import kl_div
@@ -43,7 +46,10 @@ __all__ = [
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_cross_entropy_accumulate",
+    "fused_linear_jsd",
+    "fused_linear_kl_div",
     "fused_linear_logprobs",
+    "fused_linear_tvd",
     "gated_activation",
     "gated_rms_norm",
     "geglu",

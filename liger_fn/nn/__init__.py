@@ -5,7 +5,15 @@ purpose, so a checkpoint of the one loads into the other.
 """
 
 from liger_fn.nn.activation import ReLUSquared, Softmax, Sparsemax
-from liger_fn.nn.divergence import JSDLoss, KLDivLoss, SoftTargetCrossEntropyLoss, TVDLoss
+from liger_fn.nn.divergence import (
+    FusedLinearJSDLoss,
+    FusedLinearKLDivLoss,
+    FusedLinearTVDLoss,
+    JSDLoss,
+    KLDivLoss,
+    SoftTargetCrossEntropyLoss,
+    TVDLoss,
+)
 from liger_fn.nn.dyt import DyT
 from liger_fn.nn.embedding import Embedding
 from liger_fn.nn.gated_norm import GatedRMSNorm
@@ -33,9 +41,12 @@ __all__ = [
     "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",
+    "FusedLinearJSDLoss",
+    "FusedLinearKLDivLoss",
     "FusedLinearKTOLoss",
     "FusedLinearORPOLoss",
     "FusedLinearSimPOLoss",
+    "FusedLinearTVDLoss",
     "GatedRMSNorm",
     "GeGLUMLP",
     "GroupNorm",

@@ -1,10 +1,19 @@
 """Losses of two distributions, a student's and a teacher's, as modules."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from liger_fn.functional import jsd, kl_div, soft_target_cross_entropy, tvd
+from liger_fn.functional import (
+    fused_linear_jsd,
+    fused_linear_kl_div,
+    fused_linear_tvd,
+    jsd,
+    kl_div,
+    soft_target_cross_entropy,
+    tvd,
+)
 from liger_fn.nn.loss import Reduction
 
 
@@ -100,3 +109,100 @@ class SoftTargetCrossEntropyLoss(nn.Module):
             f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
             f"logit_scale={self.logit_scale}"
         )
+
+
+class _FusedLinear(nn.Module):
+    """What all divergences of two heads have in common; `divergence` is the function of one."""
+
+    divergence: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        hard_weight: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.hard_weight = temperature, hard_weight
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.chunk_size = chunk_size
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "hard_weight": self.hard_weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "chunk_size": self.chunk_size,
+        }
+
+    def forward(
+        self,
+        weight: Tensor,
+        input: Tensor,
+        teacher_weight: Tensor,
+        teacher_input: Tensor,
+        labels: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Give the divergence of the heads input · weightᵀ + bias and the teacher's."""
+        return self.divergence(
+            weight,
+            input,
+            teacher_weight,
+            teacher_input,
+            labels,
+            bias=bias,
+            teacher_bias=teacher_bias,
+            **self.options(),
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options().items())
+
+
+class FusedLinearJSDLoss(_FusedLinear):
+    """The generalised Jensen-Shannon divergence of two heads, whose logits are never held whole.
+
+        loss = FusedLinearJSDLoss()(student.lm_head.weight, x, teacher.lm_head.weight, teacher_x)
+
+    See `liger_fn.functional.fused_linear_jsd`.
+    """
+
+    divergence = staticmethod(fused_linear_jsd)
+
+    def __init__(self, beta: float = 0.5, **options: Any) -> None:
+        super().__init__(**options)
+        self.beta = beta
+
+    def options(self) -> dict[str, Any]:
+        return {"beta": self.beta, **super().options()}
+
+
+class FusedLinearKLDivLoss(_FusedLinear):
+    """The Kullback-Leibler divergence of two heads, in either direction, without their logits.
+
+    See `liger_fn.functional.fused_linear_kl_div`.
+    """
+
+    divergence = staticmethod(fused_linear_kl_div)
+
+    def __init__(self, reverse: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.reverse = reverse
+
+    def options(self) -> dict[str, Any]:
+        return {"reverse": self.reverse, **super().options()}
+
+
+class FusedLinearTVDLoss(_FusedLinear):
+    """The total variation distance of two heads, whose logits are never held whole.
+
+    See `liger_fn.functional.fused_linear_tvd`.
+    """
+
+    divergence = staticmethod(fused_linear_tvd)

@@ -142,7 +142,8 @@ class OpSpec:
             new dimension of any or all of them. In the first case the first size of all is free.
         slack: how much more error than the baseline is allowed, per dtype; each with its reason
             beside it.
-        autocast: whether autocast casts the inputs (of a float32 call) or leaves them alone.
+        autocast: whether autocast casts the differentiable inputs (of a float32 call) or leaves
+            them alone; or the names of all that it casts.
         launches: the configurations of its launches that can be swept.
         huge: a call whose `rows` pass 2^31 elements, with results by row, for GPUs that hold it.
     """
@@ -159,7 +160,7 @@ class OpSpec:
     kernels: Callable[[], Sequence[Compilation]] = tuple
     benchmarks: tuple[Benchmark, ...] = ()
     launches: tuple[Launch, ...] = ()
-    autocast: bool = False
+    autocast: bool | tuple[str, ...] = False
     huge: Case | None = None
 
     @property

@@ -36,17 +36,18 @@ def reference(
 def _reference(
     input: Tensor, target: Tensor, labels: Tensor | None, beta: float, ignore_index: int
 ) -> Tensor:
-    return divergence.reference_rows(input, target, labels, _kind(beta), beta, ignore_index)
+    return divergence.reference_rows(input, target, labels, kind_of(beta), beta, ignore_index)
 
 
-def _kind(beta: float) -> str:
+def kind_of(beta: float) -> str:
+    """The terms whose sum the divergence of this β is."""
     return {0.0: "kl_log", 1.0: "reverse_kl"}.get(beta, "jsd")
 
 
 def jsd_fwd(
     input: Tensor, target: Tensor, labels: Tensor | None, beta: float, ignore_index: int
 ) -> tuple[Tensor]:
-    return divergence.divergence_fwd(input, target, labels, _kind(beta), beta, ignore_index)
+    return divergence.divergence_fwd(input, target, labels, kind_of(beta), beta, ignore_index)
 
 
 def jsd_bwd(
@@ -60,7 +61,7 @@ def jsd_bwd(
     need_dtarget: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     return divergence.divergence_bwd(
-        input, target, labels, dloss, _kind(beta), beta, ignore_index, need_dinput, need_dtarget
+        input, target, labels, dloss, kind_of(beta), beta, ignore_index, need_dinput, need_dtarget
     )
 
 

@@ -126,8 +126,9 @@ def autocast(spec, case, device):
     call = Call(spec, case, device, torch.float32)
     plain = call
     if spec.autocast:
-        lowered = zip(call.wrt, call.tensors(), strict=True)
-        plain = call.where(**{n: t.to(torch.bfloat16) for n, t in lowered})
+        names = call.wrt if spec.autocast is True else spec.autocast
+        given = {n: call.arguments[n] for n in names if n in call.arguments}
+        plain = call.where(**{n: t.to(torch.bfloat16) for n, t in given.items()})
     expected = plain.op()(*plain.tensors())
 
     tensors = call.tensors(requires_grad=True)
