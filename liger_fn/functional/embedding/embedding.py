@@ -41,8 +41,10 @@ def _reference(input: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor
     V = weight.shape[0]
     t = input.long()
     unknown = ((t < 0) | (t >= V))[..., None]
-    flat = weight.index_select(0, t.clamp(0, V - 1).reshape(-1))
-    rows = flat.reshape(*t.shape, weight.shape[1])
+    # The gradient of `weight[t]` is summed in bfloat16, and PyTorch 2.11 does not trace that of
+    # `index_select` with symbolic shapes.
+    index = t.clamp(0, V - 1).reshape(-1, 1).expand(-1, weight.shape[1])
+    rows = weight.gather(0, index).reshape(*t.shape, weight.shape[1])
     if padding_idx is not None:
         rows = torch.where((t == padding_idx)[..., None], rows.detach(), rows)
     return torch.where(unknown, math.nan, rows)

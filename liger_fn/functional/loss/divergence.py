@@ -50,7 +50,9 @@ def reference_terms(input: Tensor, target: Tensor, kind: str, beta: float) -> Te
     compute = compute_dtype(input, target)
     x, y = input.to(compute), target.to(compute)
     if kind == "tvd":
-        return 0.5 * (x - y).abs()
+        gap = x - y
+        # Not `abs`, whose second derivative PyTorch 2.11 cannot trace with symbolic shapes.
+        return 0.5 * gap * gap.sign()
     if kind == "jsd":
         x, y = x.clamp(min=_LOWEST_LOG), y.clamp(min=_LOWEST_LOG)
         log_m = torch.logaddexp(x + math.log1p(-beta), y + math.log(beta))
