@@ -20,8 +20,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OP_FILES = [
     path for path in sorted((PACKAGE / "functional").rglob("*.py")) if path.parent.name != "core"
 ]
-# A choice of backend, and a function whose gradient is a result: no transform knows it.
-NO_OPS = {"using", "fused_linear_cross_entropy_accumulate"}
+# A choice of backend, a function of functions, and one whose gradient is a result.
+NO_OPS = {"using", "tiled_mlp", "fused_linear_cross_entropy_accumulate"}
 
 # Who may import whom; `testing` and `training` may import all of them.
 LAYERS = {

@@ -28,6 +28,7 @@ from liger_fn.functional.loss.kl_div import kl_div
 from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
+from liger_fn.functional.mlp.tiled import tiled_mlp
 from liger_fn.functional.norm.dyt import dyt
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
 from liger_fn.functional.norm.gated_rms_norm import gated_rms_norm
@@ -68,6 +69,7 @@ __all__ = [
     "softmax",
     "sparsemax",
     "swiglu",
+    "tiled_mlp",
     "tvd",
     "using",
 ]

@@ -19,7 +19,7 @@ from liger_fn.nn.embedding import Embedding
 from liger_fn.nn.gated_norm import GatedRMSNorm
 from liger_fn.nn.group_norm import GroupNorm
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
-from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP
+from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP, TiledMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
 from liger_fn.nn.poly_norm import PolyNorm
 from liger_fn.nn.position import RotaryEmbedding
@@ -62,4 +62,5 @@ __all__ = [
     "Sparsemax",
     "SwiGLUMLP",
     "TVDLoss",
+    "TiledMLP",
 ]

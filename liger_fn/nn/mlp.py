@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from liger_fn.functional import geglu, swiglu
+from liger_fn.functional import geglu, swiglu, tiled_mlp
 
 
 class SwiGLUMLP(nn.Module):
@@ -66,3 +66,26 @@ class GeGLUMLP(SwiGLUMLP):
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"
+
+
+class TiledMLP(nn.Module):
+    """An MLP that computes a tile of tokens at a time, and again for the backward pass.
+
+    Where sequences are so long that what lies between its layers does not fit. Parameters get one
+    gradient a pass, so DDP and FSDP2 work as around `mlp` itself; wrap this module or one around
+    it, not `mlp`. See `liger_fn.functional.tiled_mlp`.
+
+    Args:
+        mlp: the module, which must treat each token by itself, and twice the same.
+        tiles: how many tiles the tokens are cut into.
+    """
+
+    def __init__(self, mlp: nn.Module, tiles: int) -> None:
+        super().__init__()
+        self.mlp, self.tiles = mlp, tiles
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tiled_mlp(self.mlp, x, self.tiles)
+
+    def extra_repr(self) -> str:
+        return f"tiles={self.tiles}"

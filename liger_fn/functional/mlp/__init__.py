@@ -1,0 +1,1 @@
+"""Feed-forward blocks whose intermediates are not all held at once."""
