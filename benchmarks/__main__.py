@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from benchmarks import ceilings, layer, report, sweep
 from benchmarks.ahead import compile_ahead
 from benchmarks.bench import Bench, DeviceLost
+from benchmarks.command_line import among, commit, device, device_name
 from benchmarks.plot import plot_files
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.timing import Clock
@@ -138,44 +137,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what the rows name, where there is no git",
     )
     parser.add_argument(
-        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
     options = parser.parse_args(argv)
 
     if min(options.repeats, options.calls) < 1:
         parser.error("--repeats and --calls: must be 1 at least")
-    options.modes = _among(parser, "--mode", options.mode, MODES) or ["full"]
+    options.modes = among(parser, "--mode", options.mode, MODES) or ["full"]
     options.modes_by_provider = [mode for mode in options.modes if mode in BY_PROVIDER]
-    options.providers = _among(parser, "--providers", options.providers, PROVIDERS) or list(
+    options.providers = among(parser, "--providers", options.providers, PROVIDERS) or list(
         PROVIDERS
     )
-    options.ops = _among(parser, "OP", ",".join(options.ops), known)
+    options.ops = among(parser, "OP", ",".join(options.ops), known)
     shapes = [b.id for s in specs() if s.name in (options.ops or known) for b in s.benchmarks]
-    options.shapes = _among(parser, "--shape", options.shape, shapes)
+    options.shapes = among(parser, "--shape", options.shape, shapes)
     if options.quick:
         options.budget /= 10
     return options
-
-
-def _among(parser: argparse.ArgumentParser, name: str, given: str, known) -> list[str]:
-    chosen = [word for word in given.split(",") if word]
-    for word in chosen:
-        if word not in known:
-            parser.error(f"{name}: {word!r} is not one of {', '.join(known)}")
-    return list(dict.fromkeys(chosen))
-
-
-def _device(text: str) -> torch.device:
-    """A device that is here, of a kind that can be timed."""
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device") from None
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda; got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"torch {torch.__version__} sees no {text!r} here")
-    return device
 
 
 def present(options: argparse.Namespace) -> list[Provider]:
@@ -244,10 +222,8 @@ def run(bench: Bench, jobs: Sequence[Job]) -> list[str]:
 
 def about(bench: Bench) -> dict[str, Any]:
     """What every row says of the run."""
-    device = bench.clock.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
-        "device": name or platform.machine(),
+        "device": device_name(bench.clock.device),
         "copy_gb_s": bench.ceilings.copy / 1e9,
         "matrix_tflop_s": bench.ceilings.matrix / 1e12,
         "torch": torch.__version__,
@@ -255,19 +231,6 @@ def about(bench: Bench) -> dict[str, Any]:
         "commit": bench.options.commit or commit(HERE.parent),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-
-
-def commit(root: Path) -> str:
-    """The checked-out commit, `-dirty` if files differ from it; results and plots do not count."""
-    git = ("git", "-C", str(root))
-    ours = ("--", ".", ":!benchmarks/results", ":!benchmarks/plots")
-    try:
-        run = {"check": True, "capture_output": True, "text": True}
-        head = subprocess.run((*git, "rev-parse", "--short=12", "HEAD"), **run).stdout.strip()
-        changed = subprocess.run((*git, "status", "--porcelain", *ours), **run).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("-dirty" if changed else "")
 
 
 def _triton_version() -> str:

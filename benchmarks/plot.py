@@ -2,7 +2,7 @@
 
 import importlib.util
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.report import Row, is_sweep, latest, read
@@ -36,7 +36,7 @@ def plot_files(paths: Sequence[Path], folder: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("Plots need matplotlib: pip install '.[bench]'.")
     for path in paths:
-        _require_committed(path)
+        require_committed(path)
     return plot([row for path in paths for row in read(path)], folder)
 
 
@@ -110,20 +110,36 @@ def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path)
 
 
 def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | None:
+    device, op, mode = key
+    quantity = "peak_mib" if mode == "memory" else "ms" if mode.startswith("host") else "floor"
+    value = {
+        (r.shape, r.provider): getattr(r, quantity)
+        for r in rows
+        if getattr(r, quantity) is not None
+    }
+    if not value:
+        return None
+    path = folder / "-".join((device.replace(" ", "_"), op, mode + ".png"))
+    bars(path, f"{op}, {mode}: {device}", _LABELS[quantity], value, _COLORS, quantity == "floor")
+    return path
+
+
+def bars(
+    path: Path,
+    title: str,
+    label: str,
+    value: Mapping[tuple[str, str], float],
+    colors: Mapping[str, str],
+    percent: bool = False,
+) -> None:
+    """Draw a group of bars for each shape, one for each provider; `value` is by both."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    device, op, mode = key
-    quantity = "peak_mib" if mode == "memory" else "ms" if mode.startswith("host") else "floor"
-    rows = [r for r in rows if getattr(r, quantity) is not None]
-    if not rows:
-        return None
-    shapes = list(dict.fromkeys(r.shape for r in rows))
-    providers = list(dict.fromkeys(r.provider for r in rows))
-    value = {(r.shape, r.provider): getattr(r, quantity) for r in rows}
-
+    shapes = list(dict.fromkeys(shape for shape, _ in value))
+    providers = list(dict.fromkeys(provider for _, provider in value))
     figure, axes = pyplot.subplots(
         figsize=(max(6.0, 1.2 + 1.9 * len(shapes)), 3.6), layout="constrained"
     )
@@ -131,24 +147,21 @@ def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | No
     for i, provider in enumerate(providers):
         at = [s + (i - (len(providers) - 1) / 2) * width for s in range(len(shapes))]
         heights = [value.get((shape, provider), 0.0) for shape in shapes]
-        color = _COLORS.get(provider, _UNKNOWN)
+        color = colors.get(provider, _UNKNOWN)
         axes.bar(at, heights, width * 0.92, label=provider, color=color)
     axes.set_xticks(range(len(shapes)), shapes)
-    axes.set_ylabel(_LABELS[quantity], fontsize=8)
-    axes.set_title(f"{op}, {mode}: {device}", fontsize=10, loc="left")
-    if quantity == "floor":
+    axes.set_ylabel(label, fontsize=8)
+    axes.set_title(title, fontsize=10, loc="left")
+    if percent:
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
     columns = min(len(providers), int(figure.get_figwidth() // 1.1))
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-
-    path = folder / "-".join((device.replace(" ", "_"), op, mode + ".png"))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-    return path
 
 
-def _require_committed(path: Path) -> None:
+def require_committed(path: Path) -> None:
     """Raise ValueError unless git holds the file just as it is."""
     try:
         git = ("git", "-C", str(path.parent))

@@ -1,10 +1,11 @@
 """What was measured: one row each, appended to a CSV file, and printed as a table."""
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks import rows as files
 
 
 @dataclass(frozen=True)
@@ -56,55 +57,17 @@ class Row:
 # The note of a sweep's row: so the op runs today. A table marks what is slower by more than this.
 CURRENT, _TOLERATED = "current", 0.03
 
-COLUMNS = tuple(f.name for f in fields(Row))
-_NUMBERS = {f.name for f in fields(Row) if f.type not in (str, "str")}
+COLUMNS = files.columns(Row)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file, and the header to a new one; any file that is not ours is left alone."""
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        read(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows({n: _text(value) for n, value in asdict(row).items()} for row in rows)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}.") from None
+    """Add rows to a file of results, and the header to a new one."""
+    files.append(path, Row, rows)
 
 
 def read(path: Path) -> list[Row]:
     """Read a file that `append` wrote; of any other say in one ValueError what is wrong with it."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *lines = csv.reader(file) if path.stat().st_size else [COLUMNS]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{path} is not a CSV file.") from None
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{path} has other columns than this program writes; name another file.")
-    return [_row(path, number, line) for number, line in enumerate(lines, start=2)]
-
-
-def _row(path: Path, number: int, line: list[str]) -> Row:
-    try:
-        return Row(*(_value(n, text) for n, text in zip(COLUMNS, line, strict=True)))
-    except ValueError:
-        raise ValueError(f"{path}: line {number} is not a row of results.") from None
-
-
-def _text(value: object) -> object:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _value(name: str, text: str) -> str | float | None:
-    if name not in _NUMBERS:
-        return text
-    return float(text) if text else None
+    return files.read(path, Row)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -160,7 +123,7 @@ def _table(op: str, mode: str, rows: list[Row], bold: bool) -> str:
     unit = "MiB above the inputs" if mode == "memory" else "ms, share of the floor"
     if mode.startswith("host"):
         unit = "ms of host time a call"
-    return f"{op}, {mode} ({unit})\n" + _columns(lines, bold)
+    return f"{op}, {mode} ({unit})\n" + columns(lines, bold)
 
 
 def _sweep(op: str, mode: str, rows: list[Row], bold: bool) -> str:
@@ -185,7 +148,7 @@ def _sweep(op: str, mode: str, rows: list[Row], bold: bool) -> str:
             ]
         )
     head = f"{op}, {mode} (ms, share of the floor; * more than {_TOLERATED:.0%} from the best)"
-    return f"{head}\n" + _columns(lines, bold)
+    return f"{head}\n" + columns(lines, bold)
 
 
 def _cell(row: Row | None, quantity: str, first: bool) -> str:
@@ -207,7 +170,8 @@ def significant(value: float) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def _columns(lines: list[list[str]], bold: bool) -> str:
+def columns(lines: list[list[str]], bold: bool) -> str:
+    """Set the first column flush left and the others flush right; starred cells may be bold."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     out = []
     for line in lines:
