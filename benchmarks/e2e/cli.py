@@ -1,0 +1,373 @@
+"""The command line of whole models: what to run, in which order, and what comes of it."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import rows as files
+from benchmarks.command_line import among, commit, device, device_name
+from benchmarks.e2e import curves, figures, readme, report
+from benchmarks.e2e.processes import ROOT, Worker
+from benchmarks.e2e.providers import NAMES, REFERENCE, is_name, missing
+from benchmarks.e2e.report import NUDGED, Curve, Row
+from benchmarks.e2e.shapes import CURVES, SHAPES, Shape
+from benchmarks.e2e.trainee import Task
+from benchmarks.report import columns
+from liger_fn.info import version
+from liger_fn.training import text
+
+MODES = ("e2e", "curves")
+DESCRIPTION = """
+e2e trains models of Hugging Face with random weights for some steps (forward, backward, fused
+AdamW) as they are, compiled, and patched, each in a process of its own, and compares tokens per
+second, memory and losses. curves trains small ones on real text, and compares their losses.
+"""
+PLOTS = ROOT / "benchmarks" / "plots"
+RESULTS = ROOT / "benchmarks" / "results"
+
+# For so many cores one process more may import while another one measures.
+_CORES_EACH = 8
+# What a search keeps of its seconds, to end by itself.
+_SHARE_OF_SEARCH = 0.8
+
+
+def asked(argv: Sequence[str] | None) -> bool:
+    """Say whether a command line names one of these modes; they have options of their own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mode", default="")
+    return parser.parse_known_args(argv)[0].mode in MODES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        if options.plot or options.table or options.insert:
+            show(options)
+            return 0
+        if options.csv:
+            files.append(options.csv, _kind(options.mode), [])
+        with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+            run = Run(options, Path(folder))
+            return run.curves() if options.mode == "curves" else run.steps()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    add("--mode", choices=MODES, required=True)
+    add("--shape", default="", metavar="ID,...", help=f"of {', '.join(SHAPES)}, in e2e, or of"
+        f" {', '.join(CURVES)}, in curves; default: all, on a CPU tiny")  # fmt: skip
+    add("--config", nargs="+", type=Path, default=[], metavar="FILE", help="models of your own, in"
+        " e2e: config.json, or a directory with one")  # fmt: skip
+    add("--providers", default="", metavar="NAME,...", help="default: " + ",".join(NAMES) + ", in"
+        " curves hf,liger_fn. module:function names a patch of your own, and +compile after a name"
+        " compiles")  # fmt: skip
+    add("--checkpointing", action="store_true", help="recompute each layer in the backward pass")
+    add("--lora", action="store_true", help="train adapters beside frozen linear layers")
+    add("--lengths", action="store_true", help="search the longest sequence that fits instead")
+    add("--longest", type=int, default=2**20, help="where that search ends in any case")
+    add("--batch", type=int, help="default: the model's; the length search has one sequence")
+    add("--seq", type=int, help="default: the model's; of --config, 1 and 2048")
+    add("--steps", type=int, help="that are timed, default 10; in curves, default 500, on a CPU 20")
+    add("--warm-up", type=int, default=3, help="steps before those")
+    add("--rounds", type=int, default=1, help="how often the providers of a model take turns")
+    add("--dtype", default="", help="default bfloat16, in curves bfloat16,float32")
+    add("--backend", default="inductor", help="of torch.compile")
+    add("--seed", type=int, default=0, help="of weights and tokens")
+    add("--text", nargs="+", type=Path, help="files for curves; default: the standard library")
+    add("--timeout", type=float, default=180, help="seconds for one process")
+    add("--limit", type=float, default=570, help="seconds in all; what is left is named")
+    add("--csv", type=Path, metavar="F", help="append the rows to this file")
+    add("--plot", action="store_true", help="measure nothing; plot --csv, or all of results/")
+    add("--table", action="store_true", help="measure nothing; print --csv, or all of results/")
+    add("--insert", type=Path, metavar="PAGE", help="measure nothing; write the tables of all"
+        " committed results between the markers of a page")  # fmt: skip
+    add("--commit", default=os.environ.get("LIGER_FN_COMMIT", ""), help="where there is no git")
+    add("--device", type=device, default="cuda" if cuda else "cpu")
+    options = parser.parse_args(argv)
+
+    on_cpu = options.device.type == "cpu"
+    in_curves = options.mode == "curves"
+    known = CURVES if in_curves else SHAPES
+    options.shapes = among(parser, "--shape", options.shape, known)
+    options.shapes += [str(path.resolve()) for path in options.config]
+    options.shapes = options.shapes or [
+        name for name, shape in known.items() if in_curves or shape.is_for_tests == on_cpu
+    ]
+    if options.config and in_curves:
+        parser.error("--config: is for e2e; to train on text: python -m liger_fn train --config")
+    names = [name for name in options.providers.split(",") if name]
+    for name in names:
+        if not is_name(name):
+            parser.error(f"--providers: {name!r} is not one of {', '.join(NAMES)}")
+    names.sort(key=lambda name: name != REFERENCE)
+    options.providers = names or ([REFERENCE, "liger_fn"] if in_curves else list(NAMES))
+    dtypes = among(parser, "--dtype", options.dtype, ("bfloat16", "float16", "float32"))
+    options.dtypes = dtypes or (["bfloat16", "float32"] if in_curves else ["bfloat16"])
+    if options.steps is None:
+        options.steps = (20 if on_cpu else 500) if in_curves else 10
+    sizes = {"--steps": options.steps, "--rounds": options.rounds, "--longest": options.longest}
+    sizes |= {"--batch": options.batch, "--seq": options.seq}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            parser.error(f"{name}: must be 1 at least")
+    return options
+
+
+class Run:
+    """One run: its processes one after the other, and a row for each."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.end = time.monotonic() + options.limit
+        self.about = about(options)
+        self.unfinished: list[str] = []
+        print(
+            "{device}, torch {torch}, triton {triton}, transformers {transformers},"
+            " commit {commit}".format(**self.about)
+        )
+
+    def steps(self) -> int:
+        """Measure training steps or lengths, and print the tables."""
+        rows: list[Row] = []
+        for task, facts in self._measure(step_tasks(self.options, self._present())):
+            rows.append(self._row(task, facts, rows))
+            self._write(Row, rows[-1])
+        print("\n" + report.tables(rows, bold=sys.stdout.isatty()))
+        return self._finish(report.remarks(rows))
+
+    def curves(self) -> int:
+        """Train on real text, and print how far the losses are apart."""
+        given = self.options.text
+        paths = text.files_under(given) if given else text.standard_library()
+        tokens = self.folder / "tokens.pt"
+        byte_pairs = curves.BYTE_PAIRS if self.options.device.type == "cuda" else 0
+        print(f"text: {len(paths):,} files", flush=True)
+        seq = self.options.seq or max(CURVES[name].seq for name in self.options.shapes)
+        vocab = curves.write_tokens(tokens, paths, byte_pairs, seq)
+        found: list[Curve] = []
+        tasks = curve_tasks(self.options, self._present(), str(tokens), vocab)
+        for task, facts in self._measure(tasks):
+            found.append(self._curve(task, facts))
+            self._write(Curve, found[-1])
+        print("\n" + columns(report.curve_grid(found), False))
+        return self._finish(report.curve_remarks(found))
+
+    def _finish(self, remarks: list[str]) -> int:
+        for line in remarks + self.unfinished:
+            print(line)
+        return 0
+
+    def _present(self) -> list[str]:
+        out = []
+        for name in self.options.providers:
+            if why := missing(name, self.options.device):
+                print(f"absent: {name}: {why}")
+            else:
+                out.append(name)
+        return out
+
+    def _measure(self, tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
+        """Let one process after the other measure; the next ones may import meanwhile."""
+        ahead = (os.cpu_count() or 1) // _CORES_EACH
+        started: dict[int, Worker] = {}
+
+        def start(i: int) -> Worker:
+            if i not in started:
+                started[i] = Worker(self._within_time(tasks[i]), self.folder, str(i))
+            return started[i]
+
+        try:
+            with tqdm(tasks, unit="process", file=sys.stderr, dynamic_ncols=True) as bar:
+                for i, task in enumerate(bar):
+                    left = self.end - time.monotonic()
+                    if left <= 0:
+                        self.unfinished.append(f"not run, out of time: {title(task)}")
+                        continue
+                    worker = start(i)
+                    for following in range(i + 1, min(i + 1 + ahead, len(tasks))):
+                        start(following)
+                    watch = _shown(bar, title(task))
+                    yield task, worker.measure(min(self.options.timeout, left), watch)
+        finally:
+            for worker in started.values():
+                worker.end()
+
+    def _within_time(self, task: Task) -> Task:
+        left = min(self.options.timeout, self.end - time.monotonic())
+        return replace(task, seconds=_SHARE_OF_SEARCH * left)
+
+    def _row(self, task: Task, facts: dict[str, Any], rows: Sequence[Row]) -> Row:
+        row = Row(
+            mode="lengths" if task.kind == "lengths" else "e2e",
+            shape=task.shape,
+            variant=variant(task),
+            dtype=task.dtype,
+            batch=task.batch,
+            seq=task.seq,
+            provider=task.provider,
+            **_known(Row, facts),
+            **self.about,
+        )
+        if row.mode != "e2e" or row.status != "ok":
+            return row
+        like = [
+            r for r in rows if (r.shape, r.dtype, r.provider) == (row.shape, row.dtype, REFERENCE)
+        ]
+        return replace(row, verdict=report.verdict(row, like[0] if like else None))
+
+    def _curve(self, task: Task, facts: dict[str, Any]) -> Curve:
+        losses = " ".join(f"{x:.7g}" for x in facts.pop("losses", []))
+        run = NUDGED if task.nudge else task.provider
+        known = _known(Curve, facts)
+        return Curve(task.shape, task.dtype, run, losses=losses, **known, **self.about)
+
+    def _write(self, kind: type, row: Any) -> None:
+        if self.options.csv:
+            files.append(self.options.csv, kind, [row])
+
+
+def _known(kind: type, facts: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in facts.items() if name in names}
+
+
+def _shown(bar: Any, name: str) -> Callable[[str], None]:
+    """Let the bar say what a process does; only news are drawn, as what it prints may be kept."""
+
+    def watch(doing: str) -> None:
+        now = f"{name}: {doing}"
+        if bar.postfix != now:
+            bar.set_postfix_str(now)
+
+    return watch
+
+
+def variant(task: Task) -> str:
+    return ", ".join(n for n in ("checkpointing", "lora") if getattr(task, n))
+
+
+def title(task: Task) -> str:
+    parts = [task.shape, variant(task), task.dtype if task.kind == "curve" else "", task.provider]
+    return " ".join(part for part in [*parts, "nudged" * task.nudge] if part)
+
+
+def step_tasks(options: argparse.Namespace, providers: Sequence[str]) -> list[Task]:
+    """Model by model the providers in turns, every other round from the last to the first."""
+    turns = [providers if i % 2 == 0 else providers[::-1] for i in range(options.rounds)]
+    return [
+        _step_task(options, name, dtype, provider)
+        for name in options.shapes
+        for dtype in options.dtypes
+        for turn in turns
+        for provider in turn
+    ]
+
+
+def _step_task(options: argparse.Namespace, name: str, dtype: str, provider: str) -> Task:
+    shape = SHAPES.get(name, Shape("", {}, batch=1, seq=2048))
+    return Task(
+        kind="lengths" if options.lengths else "steps",
+        shape=name,
+        provider=provider,
+        device=str(options.device),
+        batch=1 if options.lengths else options.batch or shape.batch,
+        seq=options.seq or shape.seq,
+        dtype=dtype,
+        checkpointing=options.checkpointing,
+        lora=options.lora,
+        steps=options.steps,
+        warm_up=options.warm_up,
+        seed=options.seed,
+        backend=options.backend,
+        longest=options.longest,
+    )
+
+
+def curve_tasks(
+    options: argparse.Namespace, providers: Sequence[str], tokens: str, vocab: int
+) -> list[Task]:
+    """Model by model every provider, and in bfloat16 the reference with one weight nudged."""
+    tasks = []
+    for name in options.shapes:
+        shape = CURVES[name]
+        for dtype in options.dtypes:
+            runs = [(provider, False) for provider in providers]
+            if REFERENCE in providers and dtype == "bfloat16":
+                runs.insert(1, (REFERENCE, True))
+            tasks += [
+                Task(
+                    kind="curve",
+                    shape=name,
+                    provider=provider,
+                    device=str(options.device),
+                    batch=options.batch or shape.batch,
+                    seq=options.seq or shape.seq,
+                    dtype=dtype,
+                    steps=options.steps,
+                    seed=options.seed,
+                    text=tokens,
+                    vocab=vocab,
+                    nudge=nudge,
+                )
+                for provider, nudge in runs
+            ]
+    return tasks
+
+
+def about(options: argparse.Namespace) -> dict[str, str]:
+    """What every row says of the run."""
+    return {
+        "device": device_name(options.device),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "commit": options.commit or commit(ROOT),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def _kind(mode: str) -> type:
+    return Curve if mode == "curves" else Row
+
+
+def results(mode: str) -> list[Path]:
+    """The files of a mode among the committed results."""
+    return sorted(RESULTS.glob(f"*/{mode}/*.csv"))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Plot, print or insert what was measured before."""
+    if options.insert:
+        rows = figures.read(results("e2e"), Row)
+        readme.insert(options.insert, rows, figures.read(results("curves"), Curve))
+    paths = [options.csv] if options.csv else results(options.mode)
+    in_curves = options.mode == "curves"
+    if options.plot:
+        drawn = figures.read(paths, _kind(options.mode))
+        for path in (figures.draw_curves if in_curves else figures.draw_steps)(drawn, PLOTS):
+            print(path)
+    if options.table:
+        for path in paths:
+            print(f"{path}\n")
+            found = files.read(path, _kind(options.mode))
+            if in_curves:
+                print(columns(report.curve_grid(found), False))
+            else:
+                found = report.latest(found)
+                print(report.tables(found, bold=sys.stdout.isatty()))
+                print("\n".join([*report.advice(found), *report.remarks(found)]))

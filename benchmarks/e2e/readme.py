@@ -1,0 +1,77 @@
+"""Tables in a page, made from committed results: what stands between the markers is replaced."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.e2e.report import (
+    QUANTITIES,
+    Curve,
+    Row,
+    advice,
+    curve_grid,
+    grid,
+    latest,
+    remarks,
+)
+
+BEGIN, END = "<!-- benchmarks e2e: begin -->", "<!-- benchmarks e2e: end -->"
+NOTHING = "Nothing is committed yet: the command below makes the rows."
+
+
+def insert(page: Path, rows: Sequence[Row], curves: Sequence[Curve]) -> None:
+    """Write the tables between the markers of a page."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{page} cannot be read: {error.strerror}.") from None
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{page} must contain {BEGIN} and, after it, {END}, each once.")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{section(rows, curves)}\n\n{END}{after}", encoding="utf-8")
+
+
+def section(rows: Sequence[Row], curves: Sequence[Curve]) -> str:
+    """All that the rows say, device by device, in Markdown."""
+    rows = latest(rows)
+    devices = dict.fromkeys([r.device for r in rows] + [c.device for c in curves])
+    parts = [
+        _device(
+            device,
+            [row for row in rows if row.device == device],
+            [curve for curve in curves if curve.device == device],
+        )
+        for device in devices
+    ]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _device(device: str, rows: Sequence[Row], curves: Sequence[Curve]) -> str:
+    grids = [grid(rows, quantity) for quantity in QUANTITIES]
+    if curves:
+        grids.append(curve_grid(curves))
+    parts = [_heading(device, [*rows, *curves]), *(table(lines) for lines in grids if lines)]
+    said = [*advice(rows), *remarks(rows)]
+    return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in said)] if said else [])])
+
+
+def _heading(device: str, rows: Sequence[Row | Curve]) -> str:
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(getattr(row, name) for row in rows if getattr(row, name)))
+
+    return (
+        f"{device}; torch {all_of('torch')}, triton {all_of('triton')},"
+        f" transformers {all_of('transformers')}; {all_of('version')}; commit {all_of('commit')}:"
+    )
+
+
+def table(lines: list[list[str]]) -> str:
+    """A table in Markdown; what has a star is bold."""
+    head, *body = [[_cell(text) for text in line] for line in lines]
+    ruled = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+
+
+def _cell(text: str) -> str:
+    text = text.replace("|", "\\|")
+    return f"**{text[:-1]}**" if text.endswith("*") else text
