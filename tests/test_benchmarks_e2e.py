@@ -14,7 +14,7 @@ from benchmarks import rows as files
 from benchmarks.e2e import cli, curves, lengths, readme, report, trainee
 from benchmarks.e2e.processes import Worker, how_it_ended
 from benchmarks.e2e.providers import Provider, find, is_name, missing
-from benchmarks.e2e.report import NUDGED, QUANTITIES, Curve, Row
+from benchmarks.e2e.report import LONGEST, MEMORY, NUDGED, SPEED, Curve, Row
 from benchmarks.e2e.shapes import SHAPES
 from benchmarks.e2e.trainee import Task
 
@@ -358,20 +358,20 @@ def test_table_shows_the_right_numbers_only():
         row("b", 900.0, verdict="differs: loss_first"),
         row("c", None, status="out of memory"),
     ]
-    speed, memory = report.grid(rows, QUANTITIES[0]), report.grid(rows, QUANTITIES[1])
+    speed, memory = report.grid(rows, SPEED), report.grid(rows, MEMORY)
     assert speed == [
         ["tokens/s", "hf", "a", "b", "c"],
         ["tiny 2x32", "100", "150 (1.50x)*", "differs", "out of memory"],
     ]
     assert memory[1] == ["tiny 2x32", "2.0", "1.0 (0.50x)*", "differs", "out of memory"]
-    assert report.grid(rows, QUANTITIES[3]) == []
+    assert report.grid(rows, LONGEST) == []
 
 
 def test_rounds_are_one_number_and_older_runs_none():
     old = [row("hf", 1.0, date="2025-01-01T00:00:00")]
     rows = report.latest([*old, row("hf", 10.0), row("a", 5.0), row("hf", 30.0)])
     assert [r.tokens_per_s for r in rows] == [10.0, 30.0, 5.0]
-    assert report.values(rows, QUANTITIES[0]) == {
+    assert report.values(rows, SPEED) == {
         ("tiny 2x32", "hf"): 20.0,
         ("tiny 2x32", "a"): 5.0,
     }
@@ -384,13 +384,13 @@ def test_a_search_that_was_cut_off_has_found_a_length():
         row("a", **{**facts, "tokens": None}, longest=4096.0, status="timed out", note="in: x"),
         row("b", **{**facts, "tokens": None}, longest=0.0, status="out of memory"),
     ]
-    assert report.grid(rows, QUANTITIES[3]) == [
+    assert report.grid(rows, LONGEST) == [
         ["longest sequence, tokens", "hf", "a", "b"],
         ["tiny", "2,048", "4,096 (2.00x)*", "out of memory"],
     ]
     assert "timed out: a, tiny: in: x" in report.remarks(rows)
     none = [replace(rows[0], longest=0.0), rows[1]]
-    assert report.grid(none, QUANTITIES[3])[1] == ["tiny", "0", "4,096*"]
+    assert report.grid(none, LONGEST)[1] == ["tiny", "0", "4,096*"]
 
 
 def test_remarks_name_what_is_unsteady_and_what_is_not_one_graph():
@@ -405,7 +405,7 @@ def test_advice_says_where_the_compiler_alone_is_enough():
     near = [row("hf", 100.0), row("hf+compile", 150.0), row("liger_fn", 152.0)]
     far = [row("hf+compile", 150.0, shape="b", peak_mib=2200.0), row("liger_fn", 150.0, shape="b")]
     lines = report.advice([*near, *far])
-    assert lines[0].startswith("tiny 2x32: fastest liger_fn, 152 (1.52x); least memory ")
+    assert lines[0].startswith("tiny 2x32: fastest liger_fn, 152 tokens/s (1.52x); least memory ")
     assert lines[-1] == (
         "`torch.compile` alone comes within 3% of the best in both speed and memory for tiny 2x32."
     )
@@ -467,7 +467,6 @@ def test_figures(committed, capsys):
     assert [path.name for path in drawn] == [
         "a_chip-e2e-tokens_per_s.png",
         "a_chip-e2e-peak_mib.png",
-        "a_chip-e2e-first_step_s.png",
         "a_chip-curves.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
@@ -478,7 +477,10 @@ def test_tables_of_committed_results(committed, capsys):
     assert run("--mode", "curves", "--table") == 0
     out = capsys.readouterr().out
     assert "150 (1.50x)*" in out
-    assert "tiny 2x32: fastest liger_fn, 150 (1.50x); least memory liger_fn, 1.0 (0.50x)." in out
+    assert (
+        "tiny 2x32: fastest liger_fn, 150 tokens/s (1.50x); least memory liger_fn, 1.0 GiB (0.50x)."
+        in out
+    )
     assert "llama-small bfloat16  hf, nudged" in out
 
 

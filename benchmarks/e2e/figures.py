@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks import rows as files
 from benchmarks.e2e.providers import REFERENCE
-from benchmarks.e2e.report import NUDGED, QUANTITIES, Curve, Row, by_run, latest, values
+from benchmarks.e2e.report import LONGEST, MEMORY, NUDGED, SPEED, Curve, Row, by_run, latest, values
 from benchmarks.plot import bars, require_committed
 
 _COLORS = {
@@ -42,8 +42,9 @@ def draw_steps(rows: Sequence[Row], folder: Path) -> list[Path]:
     drawn = []
     rows = latest(rows)
     for device in dict.fromkeys(row.device for row in rows):
-        for quantity in QUANTITIES:
-            known = values([row for row in rows if row.device == device], quantity)
+        of_device = [row for row in rows if row.device == device]
+        for quantity in (SPEED, MEMORY, LONGEST):
+            known = values(of_device, quantity)
             if not known:
                 continue
             path = folder / f"{device.replace(' ', '_')}-e2e-{quantity.name}.png"
@@ -72,6 +73,7 @@ def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
             figsize=(1 + 3.2 * len(groups), 5),
             height_ratios=[3, 1.5],
             sharex=True,
+            sharey="row",
             squeeze=False,
             layout="constrained",
         )

@@ -2,10 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.e2e.providers import REFERENCE
+from benchmarks.e2e.providers import COMPILE, REFERENCE
 from benchmarks.report import columns
 
 
@@ -67,21 +67,35 @@ class Row:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a row, how it is written, and whether more is better; None: it is no contest."""
+    """A number of a row that is shown.
+
+    Attributes:
+        name: of the attribute of a row.
+        title: what it is, with its unit.
+        unit: the same in a sentence, after the number.
+        scale: how many units of the row make one that is shown.
+        decimals: how many are shown.
+        more_is_better: whether more or less of it is; None where it is no contest.
+        mode: of the rows that have it.
+    """
 
     name: str
     title: str
-    write: Callable[[float], str]
+    unit: str
+    scale: float
+    decimals: int
     more_is_better: bool | None
-    mode: str
+    mode: str = "e2e"
+
+    def write(self, value: float) -> str:
+        return f"{value:,.{self.decimals}f}"
 
 
-QUANTITIES = (
-    Quantity("tokens_per_s", "tokens/s", lambda x: f"{x:,.0f}", True, "e2e"),
-    Quantity("peak_mib", "peak memory, GiB", lambda x: f"{x / 1024:.1f}", False, "e2e"),
-    Quantity("first_step_s", "first step, s", lambda x: f"{x:.1f}", None, "e2e"),
-    Quantity("longest", "longest sequence, tokens", lambda x: f"{x:,.0f}", True, "lengths"),
-)
+SPEED = Quantity("tokens_per_s", "tokens/s", "tokens/s", 1, 0, True)
+MEMORY = Quantity("peak_mib", "peak memory, GiB", "GiB", 1024, 1, False)
+COMPILING = Quantity("first_step_s", "first step, s", "s", 1, 1, None)
+LONGEST = Quantity("longest", "longest sequence, tokens", "tokens", 1, 0, True, "lengths")
+QUANTITIES = (SPEED, MEMORY, COMPILING, LONGEST)
 
 AGREES, DIFFERS = "agrees", "differs"
 
@@ -112,10 +126,11 @@ def is_right(row: Row) -> bool:
 
 def number(row: Row, quantity: Quantity) -> float | None:
     """The number of a row that may be shown; a search that was cut off has found some length."""
-    if quantity.mode != row.mode:
+    value = getattr(row, quantity.name)
+    if quantity.mode != row.mode or value is None:
         return None
-    if is_right(row) or (quantity.name == "longest" and row.longest):
-        return getattr(row, quantity.name)
+    if is_right(row) or (quantity is LONGEST and value):
+        return value / quantity.scale
     return None
 
 
@@ -167,14 +182,18 @@ def grid(rows: Sequence[Row], quantity: Quantity) -> list[list[str]]:
 
 
 def _cell(known: Values, state: dict, name: str, provider: str, quantity: Quantity) -> str:
-    key = (name, provider)
-    if key not in known:
-        return state.get(key, "-")
-    text = quantity.write(known[key])
+    if (name, provider) not in known:
+        return state.get((name, provider), "-")
+    number = quantity.write(known[name, provider])
+    return f"{number} {_ratio(known, name, provider, quantity)}".rstrip()
+
+
+def _ratio(known: Values, name: str, provider: str, quantity: Quantity) -> str:
+    """A number over the reference's; the empty string where that says nothing."""
     reference = known.get((name, REFERENCE))
-    if provider != REFERENCE and reference and quantity.more_is_better is not None:
-        text += f" ({known[key] / reference:.2f}x)"
-    return text
+    if provider == REFERENCE or not reference or quantity.more_is_better is None:
+        return ""
+    return f"({known[name, provider] / reference:.2f}x)"
 
 
 def _best(known: Values, name: str, quantity: Quantity) -> str | None:
@@ -212,29 +231,23 @@ def remarks(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+# What is no reason to choose.
 _CLOSE = 0.03
+
+COMPILED = f"{REFERENCE}{COMPILE}"
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
     """What the rows say to somebody who chooses, model by model, and of `torch.compile` alone."""
-    speed, memory = (values(rows, quantity) for quantity in QUANTITIES[:2])
-    lines, enough = [], []
-    for name in dict.fromkeys(label(r) for r in rows if r.mode == "e2e"):
-        said = []
-        for known, quantity, word in (
-            (speed, QUANTITIES[0], "fastest"),
-            (memory, QUANTITIES[1], "least memory"),
-        ):
-            first = _best(known, name, quantity)
-            if first is not None:
-                state: dict = {}
-                said.append(f"{word} {first}, {_cell(known, state, name, first, quantity)}")
-        if said:
-            lines.append(f"{name}: {'; '.join(said)}.")
-        if _is_close(speed, memory, name):
-            enough.append(name)
-    compiled = f"{REFERENCE}+compile"
-    if any(provider == compiled for _, provider in speed):
+    speed, memory = values(rows, SPEED), values(rows, MEMORY)
+    names = list(dict.fromkeys(label(r) for r in rows if r.mode == "e2e"))
+    lines = []
+    for name in names:
+        said = [_first("fastest", speed, name, SPEED), _first("least memory", memory, name, MEMORY)]
+        if any(said):
+            lines.append(f"{name}: {'; '.join(filter(None, said))}.")
+    if any(provider == COMPILED for _, provider in speed):
+        enough = [n for n in names if _is_close(speed, n, SPEED) and _is_close(memory, n, MEMORY)]
         where = f"for {', '.join(enough)}" if enough else "for none of these models"
         lines.append(
             f"`torch.compile` alone comes within {_CLOSE:.0%} of the best in both speed and memory"
@@ -243,15 +256,20 @@ def advice(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _is_close(speed: Values, memory: Values, name: str) -> bool:
-    key = (name, f"{REFERENCE}+compile")
-    if key not in speed:
+def _first(word: str, known: Values, name: str, quantity: Quantity) -> str:
+    provider = _best(known, name, quantity)
+    if provider is None:
+        return ""
+    number = f"{quantity.write(known[name, provider])} {quantity.unit}"
+    return f"{word} {provider}, {number} {_ratio(known, name, provider, quantity)}".rstrip()
+
+
+def _is_close(known: Values, name: str, quantity: Quantity) -> bool:
+    """Say whether the compiled reference is nearly the best."""
+    if (name, COMPILED) not in known:
         return False
-    fastest = max(v for (shape, _), v in speed.items() if shape == name)
-    if speed[key] < (1 - _CLOSE) * fastest:
-        return False
-    least = min((v for (shape, _), v in memory.items() if shape == name), default=math.inf)
-    return key not in memory or memory[key] <= (1 + _CLOSE) * least
+    best = known[name, _best(known, name, quantity) or COMPILED]
+    return abs(known[name, COMPILED] - best) <= _CLOSE * best
 
 
 @dataclass(frozen=True)
