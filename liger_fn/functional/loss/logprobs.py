@@ -36,7 +36,11 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.loss.cross_entropy import _scaled_and_capped, check_target
+from liger_fn.functional.loss.cross_entropy import (
+    _scaled_and_capped,
+    check_target,
+    times_slope,
+)
 
 
 class LogProbs(NamedTuple):
@@ -112,15 +116,6 @@ def asked_for(
         return logp
     token = None if each_top1 is None else each_top1.to(torch.int64)
     return LogProbs(logp, each_lse if lse else None, each_entropy, token)
-
-
-@triton.jit
-def _times_slope(dz, z, SCALE: tl.constexpr, CAP: tl.constexpr):
-    """dz · ∂z/∂x, from z. A scale with a name of its own would be rounded to float32."""
-    dx = dz * SCALE
-    if CAP is not None:
-        dx *= 1.0 - (z / CAP) * (z / CAP)
-    return dx
 
 
 @triton.jit
@@ -238,7 +233,7 @@ def _logprobs_bwd_kernel(
             # A forbidden class has p = 0 and log p = −∞.
             dz -= tl.where(p > 0.0, dentropy * p * (log_p + entropy), 0.0)
         dz = tl.where(col == t, dz + hit, dz)
-        dx = tl.where(live, _times_slope(dz, z, SCALE, CAP), 0.0)
+        dx = tl.where(live, times_slope(dz, z, SCALE, CAP), 0.0)
         tl.store(dlogits_ptr + row * dlogits_stride_n + col, dx, mask=col < last)
 
 

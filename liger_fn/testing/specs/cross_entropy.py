@@ -196,6 +196,7 @@ SPEC = OpSpec(
         ),
     ),
     sizes=(
+        case(3, 50, logit_scale=0.7, id="inexact-scale"),
         case(9),
         case(0, 16),
         case(5, 1),
