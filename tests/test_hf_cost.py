@@ -101,6 +101,12 @@ def test_a_patched_layer_interprets_few_more_bytecodes(models):
 
 
 def bytecodes(function, *args) -> int:
+    """Count twice: Python 3.12 counts nothing and 3.13 too little while code is traced first."""
+    count_bytecodes(function, *args)
+    return count_bytecodes(function, *args)
+
+
+def count_bytecodes(function, *args) -> int:
     count = 0
 
     def trace(frame, event, _):
