@@ -5,6 +5,8 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from liger_fn.functional import rms_norm
 from liger_fn.testing import verify
 from liger_fn.testing.properties import PROPERTIES, NotApplicable
+from liger_fn.testing.properties.cuda import alone_on
 from liger_fn.testing.specs.rms_norm import SPEC
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +122,42 @@ def test_broken_ops_are_caught(name, device):
     with pytest.raises(Exception, match=sentence) as raised:
         property.check(spec, spec.cases[0], device)
     assert raised.type is not NotApplicable
+
+
+# One large test at a time
+
+
+@pytest.fixture
+def locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_device_is_held_by_one_at_a_time(locks):
+    fcntl = pytest.importorskip("fcntl", reason="this system has no locks of this kind")
+
+    def take():
+        (path,) = locks.iterdir()
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    with alone_on("device"), pytest.raises(BlockingIOError):
+        take()
+    take()
+
+
+def test_a_failure_leaves_no_tensor_behind(locks):
+    tensors = []
+
+    def fails():
+        large = torch.ones(3)
+        tensors.append(weakref.ref(large))
+        raise AssertionError("the last rows")
+
+    with pytest.raises(AssertionError, match="the last rows") as kept, alone_on("device"):
+        fails()
+    assert kept.tb is not None
+    assert tensors[0]() is None
 
 
 # The commands

@@ -1,5 +1,12 @@
 """What only a GPU can show: streams, graphs, large offsets, several devices."""
 
+import contextlib
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 
 from liger_fn.testing.call import (
@@ -11,6 +18,12 @@ from liger_fn.testing.call import (
     loss,
 )
 from liger_fn.testing.properties.registry import NotApplicable, holds_for
+
+try:
+    import fcntl
+except ImportError:
+    # Windows, which has no such lock.
+    fcntl = None  # type: ignore[assignment]
 
 
 def _run(call: Call):
@@ -71,8 +84,11 @@ def large_offsets(spec, case, device):
     """Past 2^31 elements the last rows are what they are when they stand alone."""
     if spec.huge is None:
         raise NotApplicable("the spec names no huge case")
-    torch.cuda.empty_cache()
-    call = Call(spec, spec.huge, device, torch.bfloat16)
+    with alone_on(str(torch.cuda.get_device_properties(device).uuid)):
+        _last_rows_are_those_alone(Call(spec, spec.huge, device, torch.bfloat16))
+
+
+def _last_rows_are_those_alone(call: Call) -> None:
     tail = call.where(**{n: call.arguments[n][-4:] for n in call.rows})
     last = {n: i for i, n in enumerate(call.wrt) if n in call.rows}
 
@@ -81,6 +97,35 @@ def large_offsets(spec, case, device):
     assert_same_bits([o[-4:] for o in outputs], tail_outputs, "the last rows")
     for n, i in last.items():
         assert_same_bits([grads[i][-4:]], [tail_grads[i]], f"the last rows of d{n}")
+
+
+@contextlib.contextmanager
+def alone_on(device: str) -> Iterator[None]:
+    """Wait until no other process is in here with this device; leave no memory of it in use.
+
+    Large tensors of several test processes at once would not fit.
+    """
+    with _locked(f"liger_fn-{device}"):
+        torch.cuda.empty_cache()
+        try:
+            yield
+        except BaseException as error:
+            # The frames that it came through hold the tensors.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """Hold a lock between the processes of a user; the system frees it if this one dies."""
+    if fcntl is None:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _run_on_rows(call: Call):
