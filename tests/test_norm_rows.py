@@ -34,7 +34,7 @@ def test_a_program_holds_whole_rows_in_registers_or_loops(D, itemsize, centred):
 @pytest.mark.parametrize("block_n", [1, 4, 32])
 @pytest.mark.parametrize("most", [1, 4, 132, 528])
 def test_strips_hold_every_row_once(N, block_n, most):
-    programs, strip = rows._strips(N, block_n, most)
+    programs, strip = rows.strips_of(N, block_n, most)
     assert 1 <= programs <= most
     assert strip % block_n == 0
     assert strip * (programs - 1) < N <= strip * programs

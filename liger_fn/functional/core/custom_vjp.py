@@ -155,7 +155,7 @@ def watched(args: Sequence[Any]) -> bool:
     )
 
 
-def _forward_mode() -> bool:
+def forward_mode() -> bool:
     # A compiled jvp opens no dual level of its own, so the functorch stack is asked too.
     stack = _C._functorch.get_interpreter_stack() if _functorch_active() else ()
     return forward_ad._current_level >= 0 or any(level.key() == _JVP for level in stack)
@@ -322,7 +322,7 @@ def _register_autograd(
 
     def kernel(keyset, *args):
         rules.sync_dtensor()
-        if _forward_mode() or decomposes(args):
+        if forward_mode() or decomposes(args):
             out = reference(*args)
             return out if len(out) > 1 else out[0]
         if not (_grad_enabled() and _any_requires_grad(*args)):
@@ -407,7 +407,7 @@ def _vjp_function(op: _Op) -> type:
             args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, donated))
             if direct:
                 gradients = op.bwd(*args)
-            elif _forward_mode():
+            elif forward_mode():
                 # No functorch level can be opened inside a forward-mode dispatcher kernel; here it
                 # can.
                 gradients = op.reference_bwd(*unwrap_dead_wrappers(args))

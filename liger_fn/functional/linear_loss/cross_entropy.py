@@ -114,7 +114,7 @@ def reference_of_sum(row_weight: Tensor | None, **arguments: Any) -> Tensor:
 _UNIT = {torch.float16: 256.0}
 
 
-def _narrowest(dtype: torch.dtype) -> torch.dtype:
+def narrowest(dtype: torch.dtype) -> torch.dtype:
     """The narrowest dtype that holds gradients of inputs of `dtype` whatever multiplies them."""
     return torch.float32 if dtype is torch.float16 else dtype
 
@@ -139,7 +139,7 @@ def fused_linear_cross_entropy_fwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     V, acc = weight.shape[0], accumulator(x.dtype)
-    held = acc if wide else _narrowest(x.dtype)
+    held = acc if wide else narrowest(x.dtype)
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(y) else x.new_zeros
     unit_dweight = make(weight.shape, dtype=held) if need_dweight else None
@@ -493,8 +493,8 @@ def fused_linear_cross_entropy(
     )  # fmt: skip
 
     inside = dtype_inside(x)
-    if accum_dtype not in (None, _narrowest(inside), accumulator(inside)):
-        either = " or ".join(dict.fromkeys(map(str, (_narrowest(inside), accumulator(inside)))))
+    if accum_dtype not in (None, narrowest(inside), accumulator(inside)):
+        either = " or ".join(dict.fromkeys(map(str, (narrowest(inside), accumulator(inside)))))
         check.fail(op, "accum_dtype", f"be {either} for `x` of {inside}, or None", accum_dtype)
     if max_valid is not None:
         natural = isinstance(max_valid, (int, torch.SymInt)) and max_valid >= 0
@@ -509,7 +509,7 @@ def fused_linear_cross_entropy(
     limits = Limits(chunk_size, memory_budget)
     keep, wide = limits.one_chunk(y.numel(), weight), not limits.two_chunks(y.numel(), weight)
     if accum_dtype is not None:
-        wide = accum_dtype is not _narrowest(inside)
+        wide = accum_dtype is not narrowest(inside)
     chunks = (chunk_size, memory_budget, wide)
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if reduction == "none":

@@ -50,14 +50,14 @@ from liger_fn.functional.linear_loss.chunks import (
 )
 from liger_fn.functional.linear_loss.cross_entropy import (
     _UNIT,
-    _narrowest,
     items_of,
+    narrowest,
     times_scalar,
 )
 from liger_fn.functional.loss import divergence
 from liger_fn.functional.loss.cross_entropy import REDUCTIONS
 from liger_fn.functional.loss.cross_entropy import reference_rows as reference_cross_entropy
-from liger_fn.functional.loss.divergence import _exp, _term, compute_dtype
+from liger_fn.functional.loss.divergence import compute_dtype, exp_of, term_of
 
 
 class Head(NamedTuple):
@@ -132,7 +132,7 @@ def reference_of_sum(row_weight: Tensor | None, **arguments: Any) -> Tensor:
 def _wider(top, sums, z):
     """Add z to a maximum and a sum of exponentials relative to it, in every lane of 8."""
     highest = tl.maximum(top, tl.max(z, axis=1))
-    sums = sums * _exp(top - highest) + tl.sum(_exp(z - highest[:, None]), axis=1)
+    sums = sums * exp_of(top - highest) + tl.sum(exp_of(z - highest[:, None]), axis=1)
     return highest, sums
 
 
@@ -140,7 +140,7 @@ def _wider(top, sums, z):
 def _of_lanes(top, sums, live):
     """The maximum of a row, and the logarithm of its sum of exponentials relative to that."""
     highest = tl.where(live, tl.max(top, axis=0), 0.0)
-    total = tl.sum(sums * _exp(top - highest), axis=0)
+    total = tl.sum(sums * exp_of(top - highest), axis=0)
     return highest, tl.log(tl.where(live, total, 1.0))
 
 
@@ -148,11 +148,11 @@ def _of_lanes(top, sums, live):
 def _term_of_logs(log_q, log_p, KIND: tl.constexpr, BETA: tl.constexpr):
     """Give a term and its slope in log q, but for multiples of q, which no softmax lets through."""
     if KIND == "tvd":
-        q = _exp(log_q)
-        term, slope, _ = _term(q, _exp(log_p), KIND, BETA)
+        q = exp_of(log_q)
+        term, slope, _ = term_of(q, exp_of(log_p), KIND, BETA)
         slope *= q
     else:
-        term, slope, _ = _term(log_q, log_p, KIND, BETA)
+        term, slope, _ = term_of(log_q, log_p, KIND, BETA)
         if KIND == "reverse_kl":
             slope = term
     return term, slope
@@ -253,9 +253,9 @@ def _fused_linear_divergence_kernel(
             term, slope = _term_of_logs(log_q, log_p, KIND, BETA)
             if KIND == "kl_log":
                 terms += tl.sum(tl.where(live & (col < V), term, 0.0), axis=1)
-            dz = (slope - _exp(log_q) * pull) * SCALE
+            dz = (slope - exp_of(log_q) * pull) * SCALE
             if HARD != 0.0:
-                chosen = _exp((z - highest_z) - log_sum_z)
+                chosen = exp_of((z - highest_z) - log_sum_z)
                 dz += HARD * tl.where(col == t, chosen - 1.0, chosen)
             dz = tl.where(live, g * dz, 0.0)
             tl.store(logits_ptr + col, dz, mask=col < width, eviction_policy="evict_first")
@@ -371,7 +371,7 @@ def fused_linear_divergence_fwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     acc, compute = accumulator(x.dtype), compute_dtype(x, teacher_x)
-    held = acc if wide else _narrowest(x.dtype)
+    held = acc if wide else narrowest(x.dtype)
     loss = x.new_empty(x.shape[:-1], dtype=compute)
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(loss) else x.new_zeros

@@ -119,7 +119,7 @@ def weight_of(
 
 
 @triton.jit
-def _tanh(x):
+def tanh_of(x):
     """Cephes's tanh, good to an ulp or two also near zero, where 1 − 2/(1 + exp 2x) cancels."""
     s = x * x
     p = (-0.964399179425052238628 * s - 99.2877231001918586564) * s - 1614.68768441708447952
@@ -129,11 +129,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _scaled_and_capped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
+def scaled_and_capped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
     if CAP is None:
         z = x * SCALE
     else:
-        z = CAP * _tanh(x * (SCALE / CAP))
+        z = CAP * tanh_of(x * (SCALE / CAP))
     return z
 
 
@@ -193,7 +193,7 @@ def _cross_entropy_kernel(
                 logits_ptr + col, mask=col < width, other=float("-inf"),
                 eviction_policy="evict_last" if NEED_DLOGITS else "",
             ).to(COMPUTE)  # fmt: skip
-            z = _scaled_and_capped(x, SCALE, CAP)
+            z = scaled_and_capped(x, SCALE, CAP)
             if PADDED or CAP is not None or SCALE <= 0.0:
                 z = tl.where(col < V, z, float("-inf"))
             highest = tl.maximum(top, tl.max(z, axis=1))
@@ -209,7 +209,7 @@ def _cross_entropy_kernel(
         highest = tl.where(live, tl.max(top, axis=0), 0.0)
         total = tl.where(live, tl.sum(sums * tl.exp(top - highest), axis=0), 1.0)
         lse = highest + tl.log(total)
-        loss = hit * (lse - _scaled_and_capped(x_t, SCALE, CAP))
+        loss = hit * (lse - scaled_and_capped(x_t, SCALE, CAP))
         if SMOOTHING != 0.0:
             loss += SMOOTHING * (total_weight * lse - tl.sum(weighted, axis=0)) / V
         if Z_LOSS != 0.0:
@@ -242,7 +242,7 @@ def _cross_entropy_kernel(
                 logits_ptr + col, mask=col < readable, other=0.0,
                 eviction_policy="evict_first" if NEED_LOSS else "",
             ).to(COMPUTE)  # fmt: skip
-            z = _scaled_and_capped(x, SCALE, CAP)
+            z = scaled_and_capped(x, SCALE, CAP)
             dz = pull * tl.exp(z - lse)
             if SMOOTHING != 0.0:
                 if HAS_CLASS_WEIGHT:

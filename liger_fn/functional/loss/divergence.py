@@ -96,7 +96,7 @@ def _kl_term(log_q, p, log_p, IN_LOG: tl.constexpr):
 
 
 @triton.jit
-def _exp(x):
+def exp_of(x):
     """By way of exp2, which takes half the instructions of exp; float64 cannot spare the digits."""
     if x.dtype == tl.float64:
         e = tl.exp(x)
@@ -117,7 +117,7 @@ def _jsd_term(x, y, BETA: tl.constexpr):
     gap = x - y
     x_leads = gap >= 0.0
     # The greater of q and p, and the lesser as a share of it.
-    greater, share = _exp(tl.maximum(x, y)), _exp(-tl.abs(gap))
+    greater, share = exp_of(tl.maximum(x, y)), exp_of(-tl.abs(gap))
     lesser = greater * share
     # Written so that equal sides, whose share is 1, give exactly 0.
     missing = share - 1.0
@@ -129,14 +129,14 @@ def _jsd_term(x, y, BETA: tl.constexpr):
 
 
 @triton.jit
-def _term(x, y, KIND: tl.constexpr, BETA: tl.constexpr):
+def term_of(x, y, KIND: tl.constexpr, BETA: tl.constexpr):
     """Give the term and its derivatives in x and y; the compiler leaves out what is not used."""
     if KIND == "kl":
         term, dx, dy = _kl_term(x, y, tl.log(tl.where(y == 0.0, 1.0, y)), False)
     elif KIND == "kl_log":
-        term, dx, dy = _kl_term(x, _exp(y), y, True)
+        term, dx, dy = _kl_term(x, exp_of(y), y, True)
     elif KIND == "reverse_kl":
-        term, dy, dx = _kl_term(y, _exp(x), x, True)
+        term, dy, dx = _kl_term(y, exp_of(x), x, True)
     elif KIND == "jsd":
         term, dx, dy = _jsd_term(x, y, BETA)
     else:
@@ -167,7 +167,7 @@ def _divergence_fwd_kernel(
         x = tl.load(input_ptr + col, mask=col < V, other=0.0).to(COMPUTE)
         y = tl.load(target_ptr + col, mask=col < V, other=0.0).to(COMPUTE)
 
-        term, _, _ = _term(x, y, KIND, BETA)
+        term, _, _ = term_of(x, y, KIND, BETA)
 
         if PER_ELEMENT:
             tl.store(loss_ptr + row * V + col, term, mask=col < V)
@@ -206,7 +206,7 @@ def _divergence_bwd_kernel(
         if PER_ELEMENT:
             dloss = tl.load(dloss_ptr + col, mask=col < readable, other=0.0).to(COMPUTE)
 
-        _, dx, dy = _term(x, y, KIND, BETA)
+        _, dx, dy = term_of(x, y, KIND, BETA)
 
         if NEED_DINPUT:
             dx = tl.where(col < readable, dloss * dx, 0.0)

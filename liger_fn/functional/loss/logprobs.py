@@ -37,8 +37,8 @@ from liger_fn.functional.core.launch import (
     unit_stride,
 )
 from liger_fn.functional.loss.cross_entropy import (
-    _scaled_and_capped,
     check_target,
+    scaled_and_capped,
     times_slope,
 )
 
@@ -150,7 +150,7 @@ def _logprobs_fwd_kernel(
     for start in range(0, tl.where(live, V, 0), BLOCK_V):
         col = start + block
         x = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
-        z = tl.where(col < V, _scaled_and_capped(x, SCALE, CAP), float("-inf"))
+        z = tl.where(col < V, scaled_and_capped(x, SCALE, CAP), float("-inf"))
         if TOP1:
             peak, at = tl.max(z, axis=1, return_indices=True)
             where = tl.where(peak > top, start + lane * 8 + at, where)
@@ -174,7 +174,7 @@ def _logprobs_fwd_kernel(
     shrink = tl.exp(rise)
     total = tl.where(live, tl.sum(shrink * sums, axis=0), 1.0)
     log_sum = tl.log(total)
-    logp = (_scaled_and_capped(x_t, SCALE, CAP) - highest) - log_sum
+    logp = (scaled_and_capped(x_t, SCALE, CAP) - highest) - log_sum
     logp = tl.where(live, tl.where(known, logp, float("nan")), 0.0)
     tl.store(logp_ptr + row, logp)
     tl.store(lse_ptr + row, highest + log_sum)
@@ -225,7 +225,7 @@ def _logprobs_bwd_kernel(
     for start in range(0, last - first, BLOCK_V):
         col = first + start + block
         x = tl.load(logits_ptr + col, mask=col < readable, other=0.0).to(COMPUTE)
-        z = _scaled_and_capped(x, SCALE, CAP)
+        z = scaled_and_capped(x, SCALE, CAP)
         log_p = (z - highest) - log_sum
         p = tl.exp(log_p)
         dz = pull * p

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from liger_fn.functional.core import check
-from liger_fn.functional.core.custom_vjp import _forward_mode
+from liger_fn.functional.core.custom_vjp import forward_mode
 from liger_fn.functional.core.launch import accumulator
 from liger_fn.functional.core.rules import autocast_dtype
 
@@ -169,7 +169,7 @@ def tiled_mlp(
             check.fail(op, "params", "be None for a module, which has its own", len(tensors))
         function, tensors = _functional(fn)
 
-    if _forward_mode():
+    if forward_mode():
         return function(x, *tensors)
     if is_compiling():
         options: dict[str, Any] = {"use_reentrant": False}

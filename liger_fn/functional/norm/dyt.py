@@ -30,8 +30,8 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.loss.cross_entropy import _tanh
-from liger_fn.functional.norm.rows import _strips, _sums_of_parts
+from liger_fn.functional.loss.cross_entropy import tanh_of
+from liger_fn.functional.norm.rows import strips_of, sums_of_parts
 
 
 def reference(
@@ -54,7 +54,7 @@ def _dyt_fwd_kernel(
     row, col, inside = tile(N, D, BLOCK_N, BLOCK_D)
     x = tl.load(x_ptr + row * x_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
 
-    y = _tanh(tl.load(alpha_ptr).to(COMPUTE) * x)
+    y = tanh_of(tl.load(alpha_ptr).to(COMPUTE) * x)
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
     if bias_ptr is not None:
@@ -90,7 +90,7 @@ def _dyt_bwd_kernel(
         dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col[None, :], mask=inside, other=0.0)
         x, dy = x.to(COMPUTE), dy.to(COMPUTE)
 
-        t = _tanh(alpha * x)
+        t = tanh_of(alpha * x)
         g = dy * weight[None, :] * (1.0 - t * t)
         dalpha += g * x
         dweight += dy * t
@@ -159,7 +159,7 @@ def dyt_bwd(
     N, D = x.shape
     config = _dyt_bwd_config(D)
     tiles, compute = cdiv(D, config["BLOCK_D"]), accumulator(x.dtype)
-    programs, strip = _strips(N, config["BLOCK_N"], cdiv(8 * sm_count(x.device), tiles))
+    programs, strip = strips_of(N, config["BLOCK_N"], cdiv(8 * sm_count(x.device), tiles))
     widths = (tiles, D, D)
     parts = [
         None if t is None else x.new_empty((programs, width), dtype=compute)
@@ -170,8 +170,8 @@ def dyt_bwd(
         x, alpha, weight, dy, dx, *parts, x.stride(0), dy.stride(0), N, D, strip,
         COMPUTE=triton_dtype(compute), **config,
     )  # fmt: skip
-    (dalpha,) = _sums_of_parts([_as_column(parts[0])], like[:1])
-    dweight, dbias = _sums_of_parts(parts[1:], like[1:])
+    (dalpha,) = sums_of_parts([_as_column(parts[0])], like[:1])
+    dweight, dbias = sums_of_parts(parts[1:], like[1:])
     return dx, dalpha, dweight, dbias
 
 

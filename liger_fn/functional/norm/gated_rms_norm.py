@@ -46,7 +46,7 @@ from liger_fn.functional.norm.blocks import (
     load_features,
     store_block,
 )
-from liger_fn.functional.norm.rows import _affine, _strips, _sums_of_parts, check_norm
+from liger_fn.functional.norm.rows import affine, check_norm, strips_of, sums_of_parts
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -111,7 +111,7 @@ def _gated_rms_norm_fwd_kernel(
         act, _ = activate(gate, ACTIVATION, 1.0)
         if GATE_FIRST:
             h *= act
-        y = _affine(h * rstd[:, None], weight, None, 0.0, y_ptr.dtype.element_ty, CAST)
+        y = affine(h * rstd[:, None], weight, None, 0.0, y_ptr.dtype.element_ty, CAST)
         if not GATE_FIRST:
             y *= act
         store_block(y_ptr, row, y_stride_n, in_n, start, D, y, BLOCK_D)
@@ -249,7 +249,7 @@ def gated_rms_norm_bwd(
     weight, rstd = unit_stride(weight), unit_stride(rstd)
     N, D = x.shape
     config = block_config(D // groups)
-    programs, strip = _strips(N, config["BLOCK_N"], cdiv(PER_SM * sm_count(x.device), groups))
+    programs, strip = strips_of(N, config["BLOCK_N"], cdiv(PER_SM * sm_count(x.device), groups))
     part = x.new_empty((programs, D), dtype=rstd.dtype) if need_dweight else None
     launch(
         _gated_rms_norm_bwd_kernel, (programs, groups),
@@ -257,7 +257,7 @@ def gated_rms_norm_bwd(
         x.stride(0), gate.stride(0), dy.stride(0), D, N, D // groups, strip,
         GATE_FIRST=gate_first, ACTIVATION=activation, COMPUTE=triton_dtype(rstd.dtype), **config,
     )  # fmt: skip
-    (dweight,) = _sums_of_parts([part], [weight if need_dweight else None])
+    (dweight,) = sums_of_parts([part], [weight if need_dweight else None])
     return dx, dgate, dweight
 
 

@@ -30,7 +30,7 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.norm.rows import _sums_of_parts
+from liger_fn.functional.norm.rows import sums_of_parts
 
 
 def reference(
@@ -254,7 +254,7 @@ def group_norm_bwd(
         x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), num_groups, K, S,
         COMPUTE=triton_dtype(mean.dtype), **_group_norm_config(K, S),
     )  # fmt: skip
-    dweight, dbias = _sums_of_parts(parts, like)
+    dweight, dbias = sums_of_parts(parts, like)
     return dx, dweight, dbias
 
 

@@ -42,7 +42,7 @@ from liger_fn.functional.norm.blocks import (
     load_features,
     store_block,
 )
-from liger_fn.functional.norm.rows import _strips
+from liger_fn.functional.norm.rows import strips_of
 
 
 def reference_samples(
@@ -214,7 +214,7 @@ def modulated_bwd(
     x, dy = batches(x), batches(dy)
     B, T, D = x.shape
     config = _modulated_config(T, D)
-    strips, strip = _strips(T, config["BLOCK_N"], cdiv(PER_SM * sm_count(x.device), B))
+    strips, strip = strips_of(T, config["BLOCK_N"], cdiv(PER_SM * sm_count(x.device), B))
     parts = [None if t is None else x.new_empty((B, strips, D), dtype=rstd.dtype) for t in like]
     launch(
         _modulated_bwd_kernel, (B * strips,),

@@ -31,7 +31,7 @@ from liger_fn.functional.core.launch import (
     unit_stride,
 )
 from liger_fn.functional.norm.blocks import PER_SM, block_config, load_block, store_block
-from liger_fn.functional.norm.rows import _strips, _sums_of_parts
+from liger_fn.functional.norm.rows import strips_of, sums_of_parts
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -179,7 +179,7 @@ def poly_norm_bwd(
     x, dy = as_rows(x), as_rows(dy)
     N, D = x.shape
     config = block_config(D)
-    programs, strip = _strips(N, config["BLOCK_N"], PER_SM * sm_count(x.device))
+    programs, strip = strips_of(N, config["BLOCK_N"], PER_SM * sm_count(x.device))
     parts = [
         None if t is None else x.new_empty((programs, width), dtype=rstd.dtype)
         for t, width in zip(like, (3, 1), strict=True)
@@ -189,7 +189,7 @@ def poly_norm_bwd(
         x, unit_stride(weight), unit_stride(rstd), dy, dx, *parts,
         x.stride(0), dy.stride(0), N, D, strip, COMPUTE=triton_dtype(rstd.dtype), **config,
     )  # fmt: skip
-    (dweight,), (dbias,) = (_sums_of_parts(parts[i : i + 1], like[i : i + 1]) for i in range(2))
+    (dweight,), (dbias,) = (sums_of_parts(parts[i : i + 1], like[i : i + 1]) for i in range(2))
     return dx, dweight, dbias
 
 

@@ -112,7 +112,7 @@ def _centred(x, mean, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _affine(xhat, weight, bias, OFFSET: tl.constexpr, DTYPE: tl.constexpr, CAST: tl.constexpr):
+def affine(xhat, weight, bias, OFFSET: tl.constexpr, DTYPE: tl.constexpr, CAST: tl.constexpr):
     """Scale and shift by what there is of weight and bias; CAST rounds to DTYPE before."""
     if CAST:
         xhat = xhat.to(DTYPE).to(xhat.dtype)
@@ -161,7 +161,7 @@ def _norm_fwd_kernel(
     for i in tl.static_range(PIECES):
         col = i * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = in_n[:, None] & (col < D)[None, :]
-        y = _affine(
+        y = affine(
             x[i] * rstd[:, None],
             weight[i] if weight_ptr is not None else None,
             bias[i] if bias_ptr is not None else None,
@@ -222,7 +222,7 @@ def _norm_fwd_wide_kernel(
             weight = tl.load(weight_ptr + col, mask=in_d, other=0.0)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + col, mask=in_d, other=0.0)
-        y = _affine((x - mean) * rstd, weight, bias, OFFSET, DTYPE, CAST)
+        y = affine((x - mean) * rstd, weight, bias, OFFSET, DTYPE, CAST)
         tl.store(y_ptr + row * D + col, y, mask=in_d)
 
 
@@ -480,7 +480,7 @@ def _add_parts_config(D: int) -> dict:
     return {"BLOCK_D": block_d, "BLOCK_P": 4096 // block_d, "num_warps": 8}
 
 
-def _sums_of_parts(
+def sums_of_parts(
     parts: Sequence[Tensor | None], like: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Add each of `parts` (P, D) in a fixed order and round it once, to the dtype of its like."""
@@ -540,7 +540,7 @@ def _bwd_tile(n: int, block_d: int, pieces: int, stages: int, warps: int, per_sm
     return tile | held | {"num_warps": warps, "per_sm": per_sm}
 
 
-def _strips(N: int, block_n: int, programs: int) -> tuple[int, int]:
+def strips_of(N: int, block_n: int, programs: int) -> tuple[int, int]:
     """Divide N rows among at most so many programs: how many there are, and how long a strip is."""
     strip = block_n * cdiv(N, block_n * programs)
     return cdiv(N, strip), strip
@@ -571,7 +571,7 @@ def norm_bwd(
     N, D = x.shape
     config = _bwd_config(D, x.element_size(), mean is not None)
     per_sm = config.pop("per_sm")
-    programs, strip = _strips(N, config.get("BLOCK_N", 8), per_sm * sm_count(x.device))
+    programs, strip = strips_of(N, config.get("BLOCK_N", 8), per_sm * sm_count(x.device))
     parts = [None if t is None else x.new_empty((programs, D), dtype=rstd.dtype) for t in like]
     strides = x.stride(0), dy.stride(0), 0 if ds is None else ds.stride(0)
     options = {"OFFSET": offset, "COMPUTE": triton_dtype(rstd.dtype), **config}
@@ -593,7 +593,7 @@ def norm_bwd(
                 x, mean, rstd, dy, *parts, *strides[:2], N, D, strip,
                 COMPUTE=options["COMPUTE"], BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
             )  # fmt: skip
-    dweight, dbias = _sums_of_parts(parts, like)
+    dweight, dbias = sums_of_parts(parts, like)
     return dx, dweight, dbias
 
 
