@@ -245,6 +245,26 @@ def modulated_rms_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     h = x.float()
     normed = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def fused_moe(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    **unit,
+) -> Tensor:
+    """Qwen3MoeExperts and GptOssExperts: a loop over the experts that some token wants."""
+    y = torch.zeros_like(x)
+    for e in indices.unique().tolist():
+        token, k = torch.where(indices == e)
+        h = F.linear(x[token], gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+        a = gated_activation(h, **unit) if unit else swiglu(h)
+        out = F.linear(a, down[e], None if down_bias is None else down_bias[e])
+        y.index_add_(0, token, (out * weights[token, k, None]).to(y.dtype))
+    return y
 
 
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,26 @@ class Torch(Provider):
     def embedding(self):
         return lambda input, weight: F.embedding(input, weight)
 
+    def fused_moe(self):
+        """Grouped products, as Transformers' "grouped_mm" experts have them."""
+
+        def call(x, indices, weights, gate_up, down, *, gate_up_bias=None, down_bias=None, **unit):
+            K, E = indices.shape[-1], gate_up.shape[0]
+            experts, order = indices.flatten().sort()
+            ends = torch.searchsorted(experts, torch.arange(E, device=x.device), right=True)
+            ends = ends.to(torch.int32)
+            h = F.grouped_mm(x[order // K], gate_up.transpose(1, 2), offs=ends)
+            if gate_up_bias is not None:
+                h = h + gate_up_bias[experts]
+            a = eager.gated_activation(h, **unit) if unit else eager.swiglu(h)
+            out = F.grouped_mm(a, down.transpose(1, 2), offs=ends)
+            if down_bias is not None:
+                out = out + down_bias[experts]
+            out = out * weights.flatten()[order, None]
+            return out[order.argsort()].view(-1, K, x.shape[-1]).sum(1).to(x.dtype)
+
+        return call
+
     def soft_target_cross_entropy(self):
         return lambda logits, target: F.cross_entropy(logits, target)
 
@@ -256,6 +276,14 @@ class Liger(Provider):
 
         def call(input, target, labels=None, *, beta=0.5, ignore_index=-100):
             return liger_jsd(input, target, labels, beta, ignore_index)
+
+        return call
+
+    def fused_moe(self):
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        def call(x, indices, weights, gate_up, down):
+            return LigerFusedMoEFunction.apply(x, gate_up, down, indices.int(), weights)
 
         return call
 

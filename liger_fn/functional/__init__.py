@@ -1,7 +1,8 @@
 """The door: every public op.
 
 Sizes: B batch, T tokens, N rows, D features, F MLP width, V vocabulary, H heads (or hidden size
-beside V), K key-value heads, C head width (or rows per chunk beside V), R rotated features.
+beside V), K key-value heads, C head width (or rows per chunk beside V), R rotated features, E
+experts (K of them a token's).
 
 Losses of log-probabilities (DPO, KTO, GRPO and their kin) are in `liger_fn.functional.preference`.
 """
@@ -28,6 +29,7 @@ from liger_fn.functional.loss.kl_div import kl_div
 from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
+from liger_fn.functional.mlp.moe import fused_moe
 from liger_fn.functional.mlp.tiled import tiled_mlp
 from liger_fn.functional.norm.dyt import dyt
 from liger_fn.functional.norm.fused_add_rms_norm import fused_add_rms_norm
@@ -51,6 +53,7 @@ __all__ = [
     "fused_linear_kl_div",
     "fused_linear_logprobs",
     "fused_linear_tvd",
+    "fused_moe",
     "gated_activation",
     "gated_rms_norm",
     "geglu",

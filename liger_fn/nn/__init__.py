@@ -16,6 +16,7 @@ from liger_fn.nn.divergence import (
 )
 from liger_fn.nn.dyt import DyT
 from liger_fn.nn.embedding import Embedding
+from liger_fn.nn.experts import Experts
 from liger_fn.nn.gated_norm import GatedRMSNorm
 from liger_fn.nn.group_norm import GroupNorm
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
@@ -36,6 +37,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DyT",
     "Embedding",
+    "Experts",
     "FusedAddRMSNorm",
     "FusedLinearCPOLoss",
     "FusedLinearCrossEntropyLoss",

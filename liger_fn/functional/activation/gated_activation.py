@@ -87,7 +87,7 @@ def gated_activation_fwd(
     limit_activated: bool,
     interleaved: bool,
 ) -> tuple[Tensor]:
-    unit = _unit(
+    unit = unit_of(
         activation, alpha, gate_scale, scale, up_offset, limit, limit_activated, interleaved
     )
     return glu_fwd(gate, up, unit)
@@ -108,13 +108,13 @@ def gated_activation_bwd(
     need_dgate: bool,
     need_dup: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    unit = _unit(
+    unit = unit_of(
         activation, alpha, gate_scale, scale, up_offset, limit, limit_activated, interleaved
     )
     return glu_bwd(gate, up, dy, unit, need_dgate, need_dup)
 
 
-def _unit(
+def unit_of(
     activation: str,
     alpha: float,
     gate_scale: float,
@@ -124,6 +124,7 @@ def _unit(
     limit_activated: bool,
     interleaved: bool,
 ) -> dict:
+    """The constants of the kernels, of the options of the public op."""
     kernel, slope = _KERNELS[activation]
     return gating(
         kernel,
@@ -146,6 +147,28 @@ _gated_activation = custom_vjp(
     grads="gate up",
     rows="gate up y",
 )
+
+
+def check_unit(
+    op: str,
+    activation: str,
+    alpha: float,
+    gate_scale: float,
+    scale: float,
+    up_offset: float,
+    limit: float | None,
+) -> None:
+    """Check which unit is meant."""
+    check.one_of(op, "activation", activation, tuple(_KERNELS))
+    numbers = {"alpha": alpha, "gate_scale": gate_scale, "scale": scale, "up_offset": up_offset}
+    for name, value in numbers.items():
+        check.number(op, name, value, "be a number", True)
+    if alpha != 1 and _KERNELS[activation][0] != "silu":
+        check.fail(op, "alpha", f"be 1 for {activation!r}, which has no such slope", alpha)
+    if limit is not None:
+        check.number(op, "limit", limit, "be a number, or None", True)
+        if limit <= 0:
+            check.fail(op, "limit", "be positive, or None", limit)
 
 
 def gated_activation(
@@ -203,16 +226,7 @@ def gated_activation(
     """
     op = "gated_activation"
     check_glu(op, gate, up)
-    check.one_of(op, "activation", activation, tuple(_KERNELS))
-    numbers = {"alpha": alpha, "gate_scale": gate_scale, "scale": scale, "up_offset": up_offset}
-    for name, value in numbers.items():
-        check.number(op, name, value, "be a number", True)
-    if alpha != 1 and _KERNELS[activation][0] != "silu":
-        check.fail(op, "alpha", f"be 1 for {activation!r}, which has no such slope", alpha)
-    if limit is not None:
-        check.number(op, "limit", limit, "be a number, or None", True)
-        if limit <= 0:
-            check.fail(op, "limit", "be positive, or None", limit)
+    check_unit(op, activation, alpha, gate_scale, scale, up_offset, limit)
     if interleaved and up is not None:
         check.fail(op, "interleaved", "be False when `up` is given", interleaved)
     return _gated_activation(

@@ -12,6 +12,7 @@ OPS = (
     "fused_linear_kl_div",
     "fused_linear_logprobs",
     "fused_linear_tvd",
+    "fused_moe",
     "gated_activation",
     "gated_rms_norm",
     "geglu",
