@@ -175,6 +175,10 @@ def _of_both(loss, weight, x, teacher_weight, teacher_x, labels, **options) -> T
     return loss(log_q, log_p, **options)
 
 
+def fused_linear_selected_logprobs(weight: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    return F.linear(x, weight).float().log_softmax(-1).gather(-1, indices)
+
+
 def kl_div(
     input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False
 ) -> Tensor:

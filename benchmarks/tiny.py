@@ -57,6 +57,11 @@ _TINY = {
         "x": d.normal(128, 256),
         "y": d.integers(1024, 128),
     },
+    "fused_linear_selected_logprobs": lambda d: {
+        "weight": d.normal(1024, 256, scale=0.1),
+        "x": d.normal(128, 256),
+        "indices": d.integers(1024, 128, 16),
+    },
     "fused_linear_jsd": lambda d: heads(d, 128, 256, 512, 1024),
     "fused_linear_kl_div": lambda d: heads(d, 128, 256, 512, 1024),
     "fused_linear_tvd": lambda d: heads(d, 128, 256, 512, 1024, apart=True),

@@ -22,6 +22,7 @@ from liger_fn.functional.linear_loss.cross_entropy_accumulate import (
 from liger_fn.functional.linear_loss.jsd import fused_linear_jsd
 from liger_fn.functional.linear_loss.kl_div import fused_linear_kl_div
 from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
+from liger_fn.functional.linear_loss.selected_logprobs import fused_linear_selected_logprobs
 from liger_fn.functional.linear_loss.tvd import fused_linear_tvd
 from liger_fn.functional.loss.cross_entropy import cross_entropy
 from liger_fn.functional.loss.jsd import jsd
@@ -52,6 +53,7 @@ __all__ = [
     "fused_linear_jsd",
     "fused_linear_kl_div",
     "fused_linear_logprobs",
+    "fused_linear_selected_logprobs",
     "fused_linear_tvd",
     "fused_moe",
     "gated_activation",

@@ -11,6 +11,7 @@ OPS = (
     "fused_linear_jsd",
     "fused_linear_kl_div",
     "fused_linear_logprobs",
+    "fused_linear_selected_logprobs",
     "fused_linear_tvd",
     "fused_moe",
     "gated_activation",
