@@ -249,6 +249,8 @@ def modulated_rms_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     h = x.float()
     normed = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
 def fused_moe(
     x: Tensor,
     indices: Tensor,

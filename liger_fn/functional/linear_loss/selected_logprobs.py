@@ -37,9 +37,8 @@ from liger_fn.functional.linear_loss.chunks import (
     pull_back,
     width_of,
 )
-from liger_fn.functional.loss.cross_entropy import _scaled_and_capped
+from liger_fn.functional.loss.cross_entropy import scaled_and_capped, times_slope
 from liger_fn.functional.loss.logprobs import (
-    _times_slope,
     check_options,
     launch_bwd,
     launch_fwd,
@@ -96,7 +95,7 @@ def _fused_linear_selected_logprobs_fwd_kernel(
     known = (v >= 0) & (v < V)
     x = tl.load(logits_ptr + row * stride_n + v, mask=known & (k < K), other=0.0).to(COMPUTE)
 
-    z = _scaled_and_capped(x, SCALE, CAP)
+    z = scaled_and_capped(x, SCALE, CAP)
     logp = (z - tl.load(highest_ptr + row)) - tl.load(log_sum_ptr + row)
 
     logp = tl.where(live, tl.where(known, logp, float("nan")), 0.0)
@@ -128,7 +127,7 @@ def _fused_linear_selected_logprobs_bwd_kernel(
         total += tl.where(v == v_j, d_j, 0.0)
 
     z = logp + (tl.load(highest_ptr + row) + tl.load(log_sum_ptr + row))
-    g = _times_slope(total - tl.exp(logp) * pull, z, SCALE, CAP)
+    g = times_slope(total - tl.exp(logp) * pull, z, SCALE, CAP)
 
     tl.store(dlogits_ptr + row * stride_n + v, g, mask=chosen)
 
