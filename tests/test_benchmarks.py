@@ -795,6 +795,7 @@ def git(folder, *arguments):
 
 
 def test_plots_come_from_committed_files_only(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     path = tmp_path / "rows.csv"
     report.append(path, [row("liger_fn", 1.0), row("eager", 2.0), row("bad", None, status="wrong")])
     assert cli.main(["--plot", "--csv", str(path)]) == 2

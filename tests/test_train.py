@@ -119,6 +119,7 @@ class TestTheJob:
         assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
     def test_plot(self, job, tmp_path, book, config):
+        pytest.importorskip("matplotlib", reason="plots need matplotlib")
         asked = f"--text {book} --config {config} --out {tmp_path} --device cpu --steps 3 --seq 32"
         assert run.main(options.parser().parse_args(asked.split())) == 0
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
