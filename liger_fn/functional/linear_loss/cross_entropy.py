@@ -380,7 +380,8 @@ def _first_valid(
     The order is found on the device: a stable sort by whether a row counts.
     """
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
-    ignored = y == ignore_index
+    # uint8 holds no -100, and would compare with 156.
+    ignored = y.long() == ignore_index
     places = torch.argsort(ignored.to(torch.uint8), stable=True)[:max_valid]
     valid = ignored.numel() - ignored.sum()
     sound = torch.where(valid > max_valid, math.nan, 1.0)

@@ -112,7 +112,7 @@ def reference_of_rows(
     teacher_z = F.linear(teacher_x, teacher_weight, teacher_bias).detach().to(compute)
     if labels is not None:
         # Before the softmax, so that NaN in an ignored row reaches no gradient.
-        ignored = (labels == ignore_index)[..., None]
+        ignored = (labels.long() == ignore_index)[..., None]
         z, teacher_z = z.masked_fill(ignored, 0.0), teacher_z.masked_fill(ignored, 0.0)
     softmax = torch.softmax if kind == "tvd" else torch.log_softmax
     q, p = softmax(z / temperature, -1), softmax(teacher_z / temperature, -1)

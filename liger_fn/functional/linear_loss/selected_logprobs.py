@@ -76,9 +76,10 @@ def reference_of_rows(
     logits, V = F.linear(x, weight, bias), weight.shape[0]
     z = logits.to(accumulator(logits.dtype)) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    indices = indices.long()
     ignored = indices == ignore_index
     unknown = ~ignored & ((indices < 0) | (indices >= V))
-    logp = z.log_softmax(-1).gather(-1, indices.long().clamp(0, V - 1))
+    logp = z.log_softmax(-1).gather(-1, indices.clamp(0, V - 1))
     # As a factor NaN reaches the gradient too.
     return torch.where(ignored, 0.0, logp * torch.where(unknown, math.nan, 1.0))
 
@@ -212,7 +213,7 @@ def fused_linear_selected_logprobs_bwd(
         flat, logp, dlogp = (unit_stride(t.reshape(N, K)) for t in (indices, logp, dlogp))
         highest, log_sum = (unit_stride(t.reshape(-1)) for t in (highest, log_sum))
         known = (flat >= 0) & (flat < V)
-        given = torch.where(known, dlogp, math.nan).masked_fill(flat == ignore_index, 0.0)
+        given = torch.where(known, dlogp, math.nan).masked_fill(flat.long() == ignore_index, 0.0)
         dlse = -given.sum(-1)
         some = torch.zeros((N,), dtype=torch.int32, device=x.device)
         each_dx = None if dx is None else dx.view(x.shape)

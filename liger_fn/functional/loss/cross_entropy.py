@@ -109,10 +109,12 @@ def weight_of(
     target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight of the rows that count; of none, a number by which their loss, 0, divides to 0."""
+    # uint8 holds no -100, and would compare with 156.
+    target = target.long()
     counts = target != ignore_index
     if class_weight is None:
         return counts.sum(dtype=dtype).clamp(min=1.0)
-    t = target.long().clamp(0, class_weight.shape[0] - 1)
+    t = target.clamp(0, class_weight.shape[0] - 1)
     # Detached, for class weights are constants: the losses give them no gradient either.
     weight = (class_weight.detach().to(dtype)[t] * counts).sum()
     return weight.masked_fill(weight == 0, math.inf)

@@ -73,7 +73,7 @@ def reference_rows(
     """The divergence of every row."""
     if labels is None:
         return reference_terms(input, target, kind, beta).sum(-1)
-    ignored = (labels == ignore_index)[..., None]
+    ignored = (labels.long() == ignore_index)[..., None]
     # Before the terms, so that NaN in an ignored row reaches no gradient.
     input, target = input.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0.0)
     return reference_terms(input, target, kind, beta).masked_fill(ignored, 0.0).sum(-1)
