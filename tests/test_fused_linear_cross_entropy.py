@@ -235,7 +235,7 @@ def test_num_items_divides_a_mean(device, factors):
 
 def test_sums_of_chunks_err_as_little_as_stated(device):
     torch.manual_seed(0)
-    # cuBLAS shares out the sum over rows of a small product, and adds the shares in 16 bits.
+    # PyTorch lets cuBLAS share out the sum over rows of a small product, and add in 16 bits.
     V, H, N = (32000, 1024, 1024) if device.type == "cuda" else (256, 64, 1024)
     weight, x = torch.randn(V, H) / 8, torch.randn(N, H)
     weight, x = (t.to(device, torch.bfloat16).requires_grad_() for t in (weight, x))
