@@ -17,6 +17,7 @@ from liger_fn.functional import (
     using,
 )
 from liger_fn.functional.linear_loss import divergence as room
+from liger_fn.functional.linear_loss.chunks import Limits
 
 N, H, K, V = 12, 4, 6, 40
 OPS = (fused_linear_jsd, fused_linear_kl_div, fused_linear_tvd)
@@ -192,10 +193,10 @@ def test_the_budget_holds_both_logits():
     weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
     bytes_of_a_row = 128256 * (2 + 4)
     for budget in (1 << 27, 1 << 30):
-        rows = room.LimitsOfTwo(None, budget, beside=4).plan(1 << 20, weight).rows
+        rows = Limits(None, budget, beside=4).plan(1 << 20, weight).rows
         assert rows % 128 == 0
         assert rows * bytes_of_a_row <= budget < (rows + 128) * bytes_of_a_row
     # By default two chunks, in the 1.25 GiB and the memory that sums in float32 would take.
-    default = room.LimitsOfTwo(None, None, beside=2)
+    default = Limits(None, None, beside=2)
     assert default.two_chunks(8192, weight)
     assert len(list(default.plan(8192, weight).slices(8192))) == 2

@@ -42,6 +42,8 @@ class Plan:
 class Limits:
     """What bounds a chunk; `wide` says that sums over chunks are held in float32.
 
+    Beside each logit there may be another's, of `beside` bytes: those of a teacher.
+
     Sums in 16 bits are rounded once a chunk. Of two chunks the first takes 3/8 of the rows: then
     the error of the sum is √(1 + 3/8) = 1.17 times that of one rounding. More chunks are added in
     float32, unless the memory that this takes buys a buffer for which two suffice.
@@ -50,6 +52,7 @@ class Limits:
     chunk_size: int | None
     memory_budget: int | None
     wide: bool = False
+    beside: int = 0
 
     def plan(self, N: int, weight: Tensor) -> Plan:
         """Choose the chunks: few large products run at full speed."""
@@ -83,7 +86,7 @@ class Limits:
         room = _BUFFER_BYTES if self.memory_budget is None else self.memory_budget
         if with_sums and self.memory_budget is None:
             room += V * H * weight.itemsize
-        rows = room // (width_of(V) * weight.itemsize)
+        rows = room // (width_of(V) * (weight.itemsize + self.beside))
         # Multiples of 128 rows fill the tiles of the products.
         return rows // 128 * 128 if rows >= 128 else max(1, rows)
 
@@ -163,25 +166,28 @@ def check_head(
     op: str, weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, chunk_size: int | None
 ) -> None:
     """Check a linear head, its inputs and targets, and how many rows it takes at once."""
-    check.floating(op, "x", x)
-    check.at_least_1d(op, "x", x)
-    _check_factor(op, "weight", weight, x)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        shape = check.spell(weight.shape)
-        check.fail(op, "weight", "have shape (V, H) with at least one class", shape)
-    V = weight.shape[0]
-    check.shape(op, "weight", weight, (V, x.shape[-1]), "(V, H) with the last size of `x`")
+    check_factors(op, weight, x, bias)
     check_target(op, "y", y, x, "x")
-    if bias is not None:
-        _check_factor(op, "bias", bias, x)
-        check.shape(op, "bias", bias, (V,), "one per class")
     if chunk_size is not None:
         positive = isinstance(chunk_size, (int, torch.SymInt)) and chunk_size > 0
         check.number(op, "chunk_size", chunk_size, "be a positive integer, or None", positive)
 
 
-def _check_factor(op: str, name: str, t: Tensor, x: Tensor) -> None:
-    check.floating(op, name, t)
-    if t.dtype is not x.dtype and dtype_inside(t) is not dtype_inside(x):
-        check.fail(op, name, f"have the dtype of `x`, {x.dtype}", t.dtype, TypeError)
-    check.device(op, name, t, x, "x")
+def check_factors(op: str, weight: Tensor, x: Tensor, bias: Tensor | None, of: str = "") -> None:
+    """Check a head and its inputs, whose names begin with `of`."""
+    check.floating(op, f"{of}x", x)
+    check.at_least_1d(op, f"{of}x", x)
+    for name, t in ((f"{of}weight", weight), (f"{of}bias", bias)):
+        if t is None:
+            continue
+        check.floating(op, name, t)
+        if t.dtype is not x.dtype and dtype_inside(t) is not dtype_inside(x):
+            check.fail(op, name, f"have the dtype of `{of}x`, {x.dtype}", t.dtype, TypeError)
+        check.device(op, name, t, x, f"{of}x")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        shape = check.spell(weight.shape)
+        check.fail(op, f"{of}weight", "have shape (V, H) with at least one class", shape)
+    V, because = weight.shape[0], f"(V, H) with the last size of `{of}x`"
+    check.shape(op, f"{of}weight", weight, (V, x.shape[-1]), because)
+    if bias is not None:
+        check.shape(op, f"{of}bias", bias, (V,), "one per class")

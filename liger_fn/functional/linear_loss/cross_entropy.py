@@ -111,7 +111,9 @@ def reference_of_sum(row_weight: Tensor | None, **arguments: Any) -> Tensor:
 # The entries of g are probabilities: in a large vocabulary they lie where float16 has few bits left
 # or none. 256 times as large they do not, and cannot overflow unless class weight, logit scale and
 # z-loss together take an entry to 255.
-_UNIT = {torch.float16: 256.0}
+def unit_of(dtype: torch.dtype) -> float:
+    """What gradients of inputs of `dtype` are held as multiples of."""
+    return 256.0 if dtype is torch.float16 else 1.0
 
 
 def narrowest(dtype: torch.dtype) -> torch.dtype:
@@ -176,7 +178,7 @@ def sum_over_chunks(
                 logits, y[rows], class_weight, lse[rows], *options,
                 loss=loss[rows], dloss=None if row_weight is None else row_weight[rows],
                 dlogits=logits if needed else None,
-                unit=_UNIT.get(x.dtype, 1.0), width=buffer.shape[1],
+                unit=unit_of(x.dtype), width=buffer.shape[1],
             )  # fmt: skip
             pull_back(logits, weight, x, rows, dweight, dx, dbias, onto)
     return loss.sum()
@@ -204,7 +206,7 @@ def times_scalar(unit: Tensor, scalar: Tensor, dtype: torch.dtype, donated: bool
     in_place = donated and unit.dtype is dtype and unit.is_contiguous()
     out = unit if in_place else unit.new_empty(unit.shape, dtype=dtype)
     if has_work(out):
-        n, factor, block = out.numel(), _UNIT.get(dtype, 1.0), 4096
+        n, factor, block = out.numel(), unit_of(dtype), 4096
         programs = min(cdiv(n, block), 16 * sm_count(out.device))
         strip = cdiv(cdiv(n, programs), block) * block
         launch(
@@ -412,6 +414,11 @@ def check_totals(
         positive = isinstance(memory_budget, (int, torch.SymInt)) and memory_budget > 0
         contract = "be a positive number of bytes, or None"
         check.number(op, "memory_budget", memory_budget, contract, positive)
+    check_items(op, num_items, reduction)
+
+
+def check_items(op: str, num_items: Tensor | float | None, reduction: str) -> None:
+    """Check what a mean divides by."""
     if num_items is None:
         return
     if reduction != "mean":

@@ -20,7 +20,6 @@ cross_entropy.py are, and the backward pass multiplies them by it. Losses by row
 number each: their backward pass makes both logits again. The teacher gets no gradient.
 """
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ from liger_fn.functional.core.launch import (
 )
 from liger_fn.functional.linear_loss.chunks import (
     Limits,
+    check_factors,
     dtype_inside,
     dtypes_as_given,
     logits_of,
@@ -49,13 +49,14 @@ from liger_fn.functional.linear_loss.chunks import (
     width_of,
 )
 from liger_fn.functional.linear_loss.cross_entropy import (
-    _UNIT,
+    check_items,
     items_of,
     narrowest,
     times_scalar,
+    unit_of,
 )
 from liger_fn.functional.loss import divergence
-from liger_fn.functional.loss.cross_entropy import REDUCTIONS
+from liger_fn.functional.loss.cross_entropy import REDUCTIONS, columns_of
 from liger_fn.functional.loss.cross_entropy import reference_rows as reference_cross_entropy
 from liger_fn.functional.loss.divergence import compute_dtype, exp_of, term_of
 
@@ -76,18 +77,6 @@ class Terms(NamedTuple):
     temperature: float
     hard_weight: float
     ignore_index: int
-
-
-@dataclass(frozen=True)
-class LimitsOfTwo(Limits):
-    """Limits of chunks of two logits a class, of which the teacher's takes `beside` bytes."""
-
-    beside: int = 0
-
-    def _most(self, weight: Tensor, with_sums: bool = False) -> int:
-        rows = super()._most(weight, with_sums) * weight.itemsize
-        rows //= weight.itemsize + self.beside
-        return rows // 128 * 128 if rows >= 128 else max(1, rows)
 
 
 def reference_of_rows(
@@ -159,12 +148,6 @@ def _term_of_logs(log_q, log_p, KIND: tl.constexpr, BETA: tl.constexpr):
 
 
 @triton.jit
-def _columns(BLOCK_V: tl.constexpr):
-    """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
-    return tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-
-
-@triton.jit
 def _fused_linear_divergence_kernel(
     logits_ptr, teacher_ptr, labels_ptr, dloss_ptr, loss_ptr,
     stride_n, dloss_stride_n, V, width, ignore_index,
@@ -199,7 +182,7 @@ def _fused_linear_divergence_kernel(
     sums_p = tl.zeros((BLOCK_V // 8,), COMPUTE)
     sums_z = tl.zeros((BLOCK_V // 8,), COMPUTE)
     for start in range(0, columns, BLOCK_V):
-        col = start + _columns(BLOCK_V)
+        col = start + columns_of(BLOCK_V)
         z = tl.load(
             logits_ptr + col, mask=col < width, other=0.0, eviction_policy="evict_last"
         ).to(COMPUTE)  # fmt: skip
@@ -225,7 +208,7 @@ def _fused_linear_divergence_kernel(
         last_block = (columns - 1) // BLOCK_V * BLOCK_V
         for step in range(0, columns, BLOCK_V):
             # Backwards: what was read last is still in the caches.
-            col = last_block - step + _columns(BLOCK_V)
+            col = last_block - step + columns_of(BLOCK_V)
             z = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
             y = tl.load(teacher_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
             log_q = (z * SCALE - highest_q) - log_sum_q
@@ -241,7 +224,7 @@ def _fused_linear_divergence_kernel(
         g = tl.where(live, tl.where(known, UNIT * weight, float("nan")), 0.0)
         readable = tl.where(live, width, 0)
         for start in range(0, width, BLOCK_V):
-            col = start + _columns(BLOCK_V)
+            col = start + columns_of(BLOCK_V)
             z = tl.load(
                 logits_ptr + col, mask=col < readable, other=0.0, eviction_policy="evict_first"
             ).to(COMPUTE)  # fmt: skip
@@ -384,14 +367,14 @@ def fused_linear_divergence_fwd(
             Head(weight, x, bias),
             Head(teacher_weight, teacher_x, teacher_bias),
             labels,
-            LimitsOfTwo(chunk_size, memory_budget, wide, teacher_x.itemsize),
+            Limits(chunk_size, memory_budget, wide, teacher_x.itemsize),
             Terms(kind, beta, temperature, hard_weight, ignore_index),
             loss=loss,
             dloss=row_weight,
             dweight=unit_dweight,
             dx=unit_dx,
             dbias=unit_dbias,
-            unit=_UNIT.get(x.dtype, 1.0),
+            unit=unit_of(x.dtype),
         )
     return loss.sum(), unit_dweight, unit_dx, unit_dbias
 
@@ -467,7 +450,7 @@ def fused_linear_divergence_rows_fwd(
             Head(weight, x, bias),
             Head(teacher_weight, teacher_x, teacher_bias),
             labels,
-            LimitsOfTwo(chunk_size, memory_budget, wide, teacher_x.itemsize),
+            Limits(chunk_size, memory_budget, wide, teacher_x.itemsize),
             Terms(kind, beta, temperature, hard_weight, ignore_index),
             loss=loss,
         )
@@ -506,7 +489,7 @@ def fused_linear_divergence_rows_bwd(
             Head(weight, x, bias),
             Head(teacher_weight, teacher_x, teacher_bias),
             labels,
-            LimitsOfTwo(chunk_size, memory_budget, wide, teacher_x.itemsize),
+            Limits(chunk_size, memory_budget, wide, teacher_x.itemsize),
             Terms(kind, beta, temperature, hard_weight, ignore_index),
             dloss=dloss,
             dweight=dweight,
@@ -532,28 +515,6 @@ _of_rows = custom_vjp(
 )
 
 
-def _check_side(op: str, weight: Tensor, x: Tensor, bias: Tensor | None, of: str = "") -> None:
-    """Check a head and its inputs, whose names begin with `of`."""
-    check.floating(op, f"{of}x", x)
-    check.at_least_1d(op, f"{of}x", x)
-    for name, factor in ((f"{of}weight", weight), (f"{of}bias", bias)):
-        if factor is None:
-            continue
-        check.floating(op, name, factor)
-        if dtype_inside(factor) is not dtype_inside(x):
-            contract = f"have the dtype of `{of}x`, {x.dtype}"
-            check.fail(op, name, contract, factor.dtype, TypeError)
-        check.device(op, name, factor, x, f"{of}x")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        shape = check.spell(weight.shape)
-        check.fail(op, f"{of}weight", "have shape (V, H) with at least one class", shape)
-    V = weight.shape[0]
-    because = f"(V, H) with the last size of `{of}x`"
-    check.shape(op, f"{of}weight", weight, (V, x.shape[-1]), because)
-    if bias is not None:
-        check.shape(op, f"{of}bias", bias, (V,), "one per class")
-
-
 def _check(
     op: str,
     student: Head,
@@ -565,8 +526,8 @@ def _check(
     reduction: str,
     terms: Terms,
 ) -> None:
-    _check_side(op, *student)
-    _check_side(op, *teacher, of="teacher_")
+    check_factors(op, *student)
+    check_factors(op, *teacher, of="teacher_")
     V, rows = student.weight.shape[0], student.x.shape[:-1]
     because = "one row per class of `weight`"
     check.shape(op, "teacher_weight", teacher.weight, (V, teacher.x.shape[-1]), because)
@@ -594,13 +555,7 @@ def _check(
         if value is not None:
             positive = isinstance(value, (int, torch.SymInt)) and value > 0
             check.number(op, name, value, "be a positive integer, or None", positive)
-    if num_items is not None:
-        if reduction != "mean":
-            check.fail(op, "num_items", 'be None unless `reduction` is "mean"', num_items)
-        if isinstance(num_items, Tensor):
-            check.shape(op, "num_items", num_items, (), "one number")
-        else:
-            check.number(op, "num_items", num_items, "be positive", num_items > 0)
+    check_items(op, num_items, reduction)
 
 
 def _divisor(
@@ -629,7 +584,7 @@ def computed(
     inside = dtype_inside(x)
     # What the backward pass gets depends on it, so a compiler that leaves the number of rows open
     # gets what is right for all.
-    limits = LimitsOfTwo(chunk_size, memory_budget, beside=teacher.x.itemsize)
+    limits = Limits(chunk_size, memory_budget, beside=teacher.x.itemsize)
     wide = not limits.two_chunks(N, weight)
     tensors = (weight, x, teacher.weight, teacher.x, labels, bias, teacher.bias)
     numbers = (float(terms.beta), float(terms.temperature), float(terms.hard_weight))

@@ -149,7 +149,7 @@ def times_slope(dz, z, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
-def _columns(BLOCK_V: tl.constexpr):
+def columns_of(BLOCK_V: tl.constexpr):
     """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
     return tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
@@ -190,7 +190,7 @@ def _cross_entropy_kernel(
         sums = tl.zeros((BLOCK_V // 8,), COMPUTE)
         weighted = tl.zeros((BLOCK_V // 8,), COMPUTE)
         for start in range(0, tl.where(live, V, 0), BLOCK_V):
-            col = start + _columns(BLOCK_V)
+            col = start + columns_of(BLOCK_V)
             x = tl.load(
                 logits_ptr + col, mask=col < width, other=float("-inf"),
                 eviction_policy="evict_last" if NEED_DLOGITS else "",
@@ -239,7 +239,7 @@ def _cross_entropy_kernel(
         last_block = first + (last - first - 1) // BLOCK_G * BLOCK_G
         for step in range(0, last - first, BLOCK_G):
             # Backwards: what the sum over the row read last is still in the caches.
-            col = last_block - step + _columns(BLOCK_G)
+            col = last_block - step + columns_of(BLOCK_G)
             x = tl.load(
                 logits_ptr + col, mask=col < readable, other=0.0,
                 eviction_policy="evict_first" if NEED_LOSS else "",
