@@ -52,9 +52,15 @@ _WIDEST = 16384
 
 
 @triton.jit
+def _positive(gap, LEAST: tl.constexpr):
+    """Give 0 outside the support, and inside no less than LEAST."""
+    return tl.where(gap <= 0.0, 0.0, tl.where(gap < LEAST, LEAST, gap))
+
+
+@triton.jit
 def _sparsemax_fwd_kernel(
     x_ptr, y_ptr, x_stride_n, N, D,
-    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEAST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
@@ -80,13 +86,13 @@ def _sparsemax_fwd_kernel(
         changed = tl.max(shrank.to(tl.int32), axis=0)
     gap = z - tl.where(broken, float("nan"), tau)[:, None]
 
-    y = tl.where(gap <= 0.0, 0.0, gap)
-    tl.store(y_ptr + row[:, None] * D + col[None, :], y, mask=inside)
+    tl.store(y_ptr + row[:, None] * D + col[None, :], _positive(gap, LEAST), mask=inside)
 
 
 @triton.jit
 def _sparsemax_fwd_wide_kernel(
-    x_ptr, y_ptr, x_stride_n, D, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, y_ptr, x_stride_n, D,
+    LEAST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride_n
@@ -124,7 +130,7 @@ def _sparsemax_fwd_wide_kernel(
         col = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + col, mask=col < D, other=float("-inf")).to(COMPUTE)
         gap = (x - top) - tau
-        tl.store(y_ptr + row * D + col, tl.where(gap <= 0.0, 0.0, gap), mask=col < D)
+        tl.store(y_ptr + row * D + col, _positive(gap, LEAST), mask=col < D)
 
 
 @triton.jit
@@ -180,6 +186,14 @@ def _sparsemax_config(D: int) -> dict:
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 1024)}
 
 
+def _least(dtype: torch.dtype) -> float:
+    """The least positive float16: rounded to 0, an element would leave the support.
+
+    The other dtypes have numbers far smaller than any two of x are apart.
+    """
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (dtype is torch.float16)
+
+
 def sparsemax_fwd(x: Tensor) -> tuple[Tensor]:
     y = dense_like(x)
 
@@ -187,6 +201,7 @@ def sparsemax_fwd(x: Tensor) -> tuple[Tensor]:
         x = as_rows(x)
         N, D = x.shape
         options = {"COMPUTE": triton_dtype(accumulator(x.dtype)), **_sparsemax_config(D)}
+        options["LEAST"] = _least(x.dtype)
         if D > _WIDEST:
             launch(
                 _sparsemax_fwd_wide_kernel, (N,),
@@ -248,8 +263,8 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
         TypeError: x is not a floating-point tensor.
         ValueError: x is a scalar, or has nothing along dim; dim is no dimension of x.
 
-    Precision: computed in float32 (float64 for float64 x); every output is rounded once. The
-        gradient takes for the support where y, as rounded, is not 0. A row with NaN, with +∞ or of
+    Precision: computed in float32 (float64 for float64 x); every output is rounded once,
+        in float16 to no less than 2⁻²⁴ inside the support, of which the gradient learns from y. A row with NaN, with +∞ or of
         nothing but −∞ is NaN, as in softmax.
     Memory: x and y live until the backward pass.
     Source: Martins and Astudillo, "From Softmax to Sparsemax", 2016; Michelot, "A Finite Algorithm

@@ -66,7 +66,10 @@ def reference(
 ) -> Tensor:
     """Every expert of every token, so that no size depends on data."""
     compute = accumulator(x.dtype)
-    weights = weights.to(compute)
+    # As rows: PyTorch 2.11 cannot trace the second derivative of F.linear in three dimensions.
+    shape, N, K = x.shape, x.shape[:-1].numel(), indices.shape[-1]
+    x, indices = x.reshape(N, shape[-1]), indices.reshape(N, K)
+    weights = weights.reshape(N, K).to(compute)
     y = x.new_zeros(x.shape, dtype=compute)
     for e in range(gate_up.shape[0]):
         h = F.linear(x, gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
@@ -78,7 +81,7 @@ def reference(
         of_expert = F.linear(a, down[e], None if down_bias is None else down_bias[e])
         share = torch.where(indices == e, weights, 0.0).sum(-1, keepdim=True)
         y = y + share * of_expert.to(compute)
-    return y.to(x.dtype)
+    return y.to(x.dtype).view(shape)
 
 
 @triton.jit

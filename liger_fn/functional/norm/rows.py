@@ -154,15 +154,23 @@ def _norm_fwd_kernel(
     if mean_ptr is not None:
         mean = _mean(_row_sums(x, PIECES), D)
         x = _centred(x, mean, D, BLOCK_D, PIECES)
-        tl.store(mean_ptr + row, mean, mask=in_n)
-    rstd = 1.0 / tl.sqrt(_row_dots(x, x, PIECES) / D + EPS)
+        # Far from zero the mean, as rounded, leaves one.
+        left = _row_sums(x, PIECES) / D
+        variance = _row_dots(x, x, PIECES) / D - left * left
+        tl.store(mean_ptr + row, mean + left, mask=in_n)
+    else:
+        variance = _row_dots(x, x, PIECES) / D
+    rstd = 1.0 / tl.sqrt(variance + EPS)
     tl.store(rstd_ptr + row, rstd, mask=in_n)
 
     for i in tl.static_range(PIECES):
         col = i * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = in_n[:, None] & (col < D)[None, :]
+        h = x[i]
+        if mean_ptr is not None:
+            h -= left[:, None]
         y = affine(
-            x[i] * rstd[:, None],
+            h * rstd[:, None],
             weight[i] if weight_ptr is not None else None,
             bias[i] if bias_ptr is not None else None,
             OFFSET, DTYPE, CAST,
@@ -193,23 +201,27 @@ def _norm_fwd_wide_kernel(
     if residual_ptr is not None:
         residual_ptr += row * residual_stride_n
 
-    mean = tl.zeros((1,), COMPUTE)
+    mean, left = tl.zeros((1,), COMPUTE), tl.zeros((1,), COMPUTE)
     if mean_ptr is not None:
         sums = tl.zeros((BLOCK_D,), COMPUTE)
         for start in range(0, D, BLOCK_D):
             col = start + tl.arange(0, BLOCK_D)
             sums += _load_sum(x_ptr, residual_ptr, col, D, DTYPE, COMPUTE)
         mean += _mean(tl.sum(sums, axis=0), D)
-        tl.store(mean_ptr + row + tl.arange(0, 1), mean)
 
-    squares = tl.zeros((BLOCK_D,), COMPUTE)
+    sums, squares = tl.zeros((BLOCK_D,), COMPUTE), tl.zeros((BLOCK_D,), COMPUTE)
     for start in range(0, D, BLOCK_D):
         col = start + tl.arange(0, BLOCK_D)
         x = _load_sum(x_ptr, residual_ptr, col, D, DTYPE, COMPUTE)
         centred = tl.where(col < D, x - mean, 0.0)
+        sums += centred
         squares += centred * centred
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + EPS)
-    tl.store(rstd_ptr + row, rstd)
+    if mean_ptr is not None:
+        # Far from zero the mean, as rounded, leaves one.
+        left += tl.sum(sums, axis=0) / D
+        tl.store(mean_ptr + row + tl.arange(0, 1), mean + left)
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D - left * left + EPS)
+    tl.store(rstd_ptr + row + tl.arange(0, 1), rstd)
 
     for start in range(0, D, BLOCK_D):
         col = start + tl.arange(0, BLOCK_D)
@@ -222,7 +234,7 @@ def _norm_fwd_wide_kernel(
             weight = tl.load(weight_ptr + col, mask=in_d, other=0.0)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + col, mask=in_d, other=0.0)
-        y = affine((x - mean) * rstd, weight, bias, OFFSET, DTYPE, CAST)
+        y = affine((x - mean - left) * rstd, weight, bias, OFFSET, DTYPE, CAST)
         tl.store(y_ptr + row * D + col, y, mask=in_d)
 
 

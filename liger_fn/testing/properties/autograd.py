@@ -129,7 +129,7 @@ def autocast(spec, case, device):
         names = call.wrt if spec.autocast is True else spec.autocast
         given = {n: call.arguments[n] for n in names if n in call.arguments}
         plain = call.where(**{n: t.to(torch.bfloat16) for n, t in given.items()})
-    expected = plain.op()(*plain.tensors())
+    expected = plain.op()(*plain.tensors(requires_grad=True))
 
     tensors = call.tensors(requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):

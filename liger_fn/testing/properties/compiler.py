@@ -129,7 +129,7 @@ def compiled_autocast(spec, case, device):
     call = Call(spec, case, device, torch.float32)
     with torch.autocast(device.type, torch.bfloat16):
         got = _compiled(call.op())(*call.tensors(requires_grad=True))
-        expected = call.op()(*call.tensors())
+        expected = call.op()(*call.tensors(requires_grad=True))
     assert_close(got, expected)
 
 
@@ -195,7 +195,8 @@ def shapes(spec, case, device):
     call = Call(spec, case, device, torch.bfloat16)
     real = _layout(call)
     tensors = {n: a for n, a in call.arguments.items() if is_tensor(a)}
-    assert _layout(call.where(**{n: t.to("meta") for n, t in tensors.items()})) == real, "meta"
+    meta = _layout(call.where(**{n: t.to("meta") for n, t in tensors.items()}))
+    assert meta == real, f"on meta {meta}, really {real}"
     with FakeTensorMode() as mode:
         fake = call.where(**{n: mode.from_tensor(t) for n, t in tensors.items()})
         assert _layout(fake) == real, "fake"

@@ -239,6 +239,8 @@ def spec(
         grads=("weight", "x", "bias"),
         rows=("x", "teacher_x", "labels"),
         autocast=FACTORS,
+        # What errs is the logits, as rounded; the order of sums and how exp is computed changes it by little.
+        slack={torch.bfloat16: 1.01, torch.float16: 1.01},
         cases=tuple(cases),
         sizes=(*sizes(), *more_sizes),
         errors=(*errors(op.__name__), *more_errors),

@@ -48,7 +48,8 @@ SPEC = OpSpec(
     sizes=(
         case(1, 1),
         case(0, 16),
-        case(5, 1),
+        # One value is its own mean: a small eps would magnify the rounding of what cancels.
+        case(5, 1, eps=1.0),
         case(2, 7, 64),
         case(9, 130),
         case(70, 1152),
