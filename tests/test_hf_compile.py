@@ -8,7 +8,13 @@ from torch._dynamo.testing import CompileCounter
 
 from liger_fn.hf import apply
 from liger_fn.hf.output_head import FUSED
-from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_inputs, tiny_model
+from liger_fn.testing.tiny_models import (
+    TOKENS,
+    assert_same,
+    loss_and_gradients,
+    tiny_inputs,
+    tiny_model,
+)
 
 # Common families: a training step is one graph.
 WHOLE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite")
@@ -91,3 +97,49 @@ def test_undoing_is_noticed_by_a_compiled_model(device):
     output = compiled(**inputs)
     torch.testing.assert_close(output.loss, loss)
     assert type(output.logits) is torch.Tensor
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "phi3"])
+def test_compiled_attention_is_causal_without_a_mask(model_type, device):
+    """As it is uncompiled; a sequence of several, and padding, still have their mask."""
+    model, inputs = model_and_inputs(model_type, device)
+    inputs["use_cache"] = False  # with a cache transformers takes all for one sequence
+    row = inputs.pop("attention_mask") * 0 + torch.arange(TOKENS, device=device)
+    padded = (row >= 3).long()
+    expected = [model(**inputs, **more).loss for more in ({}, {"position_ids": row % 5})]
+    masked = model(**inputs, attention_mask=padded).loss
+
+    apply(model)
+    plain = torch.compile(model, fullgraph=True, backend=(seen := Attention()))
+    torch.testing.assert_close(plain(**inputs).loss, expected[0])
+    assert True in seen.causal
+    seen.causal.clear()
+    torch.testing.assert_close(plain(**inputs, position_ids=row % 5).loss, expected[1])
+    torch.testing.assert_close(plain(**inputs, attention_mask=padded).loss, masked)
+    assert seen.causal
+    assert True not in seen.causal
+
+
+def test_exported_attention_has_its_mask(device):
+    """A mask that is left out would be wrong for the one token of a step of generation."""
+    model, inputs = model_and_inputs("llama", device)
+    apply(model, ops=["causal_mask"])
+    ids = {"input_ids": inputs["input_ids"], "use_cache": False}
+    program = torch.export.export(model.model, (), kwargs=ids)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    nodes = [node for node in program.graph.nodes if node.target is attention]
+    assert nodes
+    assert all(len(node.args) > 3 for node in nodes)
+
+
+class Attention:
+    """A compiler that compiles nothing, and notes what attention is told."""
+
+    def __init__(self) -> None:
+        self.causal: list[bool] = []
+
+    def __call__(self, graph, example_inputs):
+        for node in graph.graph.nodes:
+            if node.target is torch.nn.functional.scaled_dot_product_attention:
+                self.causal.append(node.kwargs["is_causal"])
+        return graph

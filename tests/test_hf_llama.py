@@ -36,7 +36,7 @@ from liger_fn.testing.tiny_models import (
     tiny_model,
 )
 
-ALL = {"rms_norm": 5, "swiglu": 2, "rope": 1, "fused_linear_cross_entropy": 1}
+ALL = {"rms_norm": 5, "swiglu": 2, "rope": 1, "causal_mask": 1, "fused_linear_cross_entropy": 1}
 
 
 pytestmark = pytest.mark.usefixtures("reference_path")
@@ -183,10 +183,10 @@ def test_an_empty_model_is_recognised():
 
 
 def test_apply_to_llama_has_the_usual_signature():
-    names = ["rope", "swiglu", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", "model"]
+    usual = ["rope", "swiglu", "cross_entropy", "fused_linear_cross_entropy", "rms_norm"]
     parameters = inspect.signature(apply_to_llama).parameters
-    assert list(parameters) == names
-    assert [p.default for p in parameters.values()] == [True, True, False, True, True, None]
+    assert list(parameters) == [*usual, "causal_mask", "model"]
+    assert [p.default for p in parameters.values()] == [True, True, False, True, True, True, None]
     assert "apply_to_llama" in dir(liger_fn.hf)
     assert "geglu" in inspect.signature(liger_fn.hf.apply_to_gemma2).parameters
 
@@ -205,7 +205,9 @@ def test_on_the_class_every_new_model_is_patched_until_undo(no_other_users):
     assert apply(model).replaced() == ALL
     assert not [p for p in installed(old) if hasattr(p, "module")]
     classifier = LlamaForSequenceClassification(tiny_config("llama", pad_token_id=0))
-    assert apply(classifier).replaced() == {"rms_norm": 5, "swiglu": 2, "rope": 1}
+    assert apply(classifier).replaced() == {
+        n: ALL[n] for n in ALL if n != "fused_linear_cross_entropy"
+    }
     handle.undo()
     assert everything(old) == before
     assert not installed(model)
@@ -219,7 +221,7 @@ def test_on_the_class_the_last_choice_of_ops_counts():
     second = apply_to_llama(rope=False, swiglu=False)
     model = LlamaForCausalLM(tiny_config("llama"))
     assert {type(p).__name__ for p in installed(model)} == {"MethodPatch", "LossPatch"}
-    assert len(installed(model)) == 6
+    assert len(installed(model)) == 7
     second.undo()
     assert not installed(model)
     assert "post_init" not in modeling_llama.LlamaPreTrainedModel.__dict__
@@ -276,7 +278,7 @@ def test_auto_class_patches_the_one_model(tmp_path, inputs):
     assert model.config._attn_implementation == "eager"
     assert not any("swiglu" in str(p) for p in installed(model))
     again = AutoLigerKernelForCausalLM.from_config(model.config)
-    assert apply(again).replaced() == ALL
+    assert apply(again).replaced() == {n: ALL[n] for n in ALL if n != "causal_mask"}
     assert type(tiny_model("llama")) is LlamaForCausalLM
 
 
@@ -519,7 +521,7 @@ def test_what_has_a_model_is_not_one(model, name):
 
 
 def test_bad_flags(model):
-    known = "rope, swiglu, cross_entropy, fused_linear_cross_entropy, rms_norm, model"
+    known = "rope, swiglu, cross_entropy, fused_linear_cross_entropy, rms_norm, causal_mask, model"
     with pytest.raises(TypeError, match=f"a flag must be one of {known}; got 'geglu'"):
         apply_to_llama(geglu=True, model=model)
     with pytest.raises(TypeError, match="`rope` must be True or False; got LlamaForCausalLM"):

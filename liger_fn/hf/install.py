@@ -27,6 +27,7 @@ from torch import nn
 from torch._guards import CompileContext
 from transformers import PreTrainedModel
 
+from liger_fn.hf import causal_mask
 from liger_fn.hf.families import FAMILIES, Place
 from liger_fn.hf.output_head import FUSED, PLAIN, DeferringModel, Swapped, defer, undefer
 from liger_fn.hf.probe import Proof, Rejected, check_own, fingerprint, slot_of
@@ -41,7 +42,8 @@ IDLE_IN_TRL = (
 
 def op_names() -> tuple[str, ...]:
     """The names that `ops` may contain, in the order of the report."""
-    return tuple(dict.fromkeys(["rope", *(family.op for family in FAMILIES), *LOSSES]))
+    ops = (family.op for family in FAMILIES)
+    return tuple(dict.fromkeys(["rope", *ops, causal_mask.OP, *LOSSES]))
 
 
 # Patches. Each can be undone, in any order, also when another library has wrapped it since.
@@ -257,6 +259,8 @@ def apply(
             "cross_entropy": logits are computed, and their loss is our op's.
             "rope": replaces a function of the modelling file; while one model of that file uses
             it, all of them do.
+            "causal_mask": no op; compiled, a model that is given neither mask nor positions nor
+            cache makes no mask, as it makes none uncompiled.
         verify: True; or "full" to run the model on a small batch before and after as well, the
             report then has both losses. The proofs cannot be switched off: they also choose.
 
@@ -275,6 +279,8 @@ def apply(
         _replace_methods(model, chosen, report)
         if "rope" in chosen:
             _replace_rotary(model, report)
+        if causal_mask.OP in chosen:
+            _leave_out_masks(model, report)
         for mode in LOSSES:
             if mode in chosen:
                 _replace_loss(model, mode, report)
@@ -378,6 +384,20 @@ def _replace_rotary(model: nn.Module, report: Report) -> None:
             report.patches.append(RotaryPatch(model, rotary))
         domain = rotary.domain
         report.add(Row(label, "rope", domain.how, domain.error32, domain.error16))
+
+
+def _leave_out_masks(model: nn.Module, report: Report) -> None:
+    for module in causal_mask.masked_models(model):
+        name = f"{type(module).__name__}, {causal_mask.MAKER}()"
+        proof = proof_of(module.__dict__.get(slot_of(module, "forward")))
+        if proof is None:
+            try:
+                proof = causal_mask.prove_unmasked(module)
+            except Rejected as reason:
+                report.add(Row(name, reason=str(reason)))
+                continue
+            report.patches.append(MethodPatch.install(module, "forward", proof))
+        report.add(_row(name, proof))
 
 
 def _replace_loss(model: Any, mode: str, report: Report) -> None:

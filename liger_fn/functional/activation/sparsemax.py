@@ -264,8 +264,8 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
         ValueError: x is a scalar, or has nothing along dim; dim is no dimension of x.
 
     Precision: computed in float32 (float64 for float64 x); every output is rounded once,
-        in float16 to no less than 2⁻²⁴ inside the support, of which the gradient learns from y. A row with NaN, with +∞ or of
-        nothing but −∞ is NaN, as in softmax.
+        in float16 to no less than 2⁻²⁴ inside the support, of which the gradient learns from y. A
+        row with NaN, with +∞ or of nothing but −∞ is NaN, as in softmax.
     Memory: x and y live until the backward pass.
     Source: Martins and Astudillo, "From Softmax to Sparsemax", 2016; Michelot, "A Finite Algorithm
         for Finding the Projection of a Point onto the Canonical Simplex of Rⁿ", 1986.

@@ -239,7 +239,7 @@ def spec(
         grads=("weight", "x", "bias"),
         rows=("x", "teacher_x", "labels"),
         autocast=FACTORS,
-        # What errs is the logits, as rounded; the order of sums and how exp is computed changes it by little.
+        # The logits, as rounded, err alike; how sums and exp are computed changes a little of it.
         slack={torch.bfloat16: 1.01, torch.float16: 1.01},
         cases=tuple(cases),
         sizes=(*sizes(), *more_sizes),
