@@ -273,6 +273,11 @@ def fused_moe(
     return y
 
 
+def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Phi3MLP."""
+    return F.linear(swiglu(F.linear(x, gate_up)), down)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

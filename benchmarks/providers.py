@@ -287,6 +287,12 @@ class Liger(Provider):
 
         return call
 
+    def fused_mlp(self):
+        """Its products of gate, up and activation; it has nothing for one packed weight."""
+        from liger_kernel.ops.mlp import LigerMLPFunction
+
+        return lambda x, gate_up, down: LigerMLPFunction.apply(x, *gate_up.chunk(2), down)
+
     def fused_linear_jsd(self):
         from liger_kernel.transformers.functional import liger_fused_linear_jsd
 

@@ -30,6 +30,7 @@ from liger_fn.functional.loss.kl_div import kl_div
 from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
+from liger_fn.functional.mlp.fused_mlp import fused_mlp
 from liger_fn.functional.mlp.moe import fused_moe
 from liger_fn.functional.mlp.tiled import tiled_mlp
 from liger_fn.functional.norm.dyt import dyt
@@ -55,6 +56,7 @@ __all__ = [
     "fused_linear_logprobs",
     "fused_linear_selected_logprobs",
     "fused_linear_tvd",
+    "fused_mlp",
     "fused_moe",
     "gated_activation",
     "gated_rms_norm",

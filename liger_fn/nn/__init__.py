@@ -20,7 +20,7 @@ from liger_fn.nn.experts import Experts
 from liger_fn.nn.gated_norm import GatedRMSNorm
 from liger_fn.nn.group_norm import GroupNorm
 from liger_fn.nn.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss
-from liger_fn.nn.mlp import GeGLUMLP, SwiGLUMLP, TiledMLP
+from liger_fn.nn.mlp import FusedMLP, GeGLUMLP, SwiGLUMLP, TiledMLP
 from liger_fn.nn.norm import FusedAddRMSNorm, LayerNorm, RMSNorm
 from liger_fn.nn.poly_norm import PolyNorm
 from liger_fn.nn.position import RotaryEmbedding
@@ -49,6 +49,7 @@ __all__ = [
     "FusedLinearORPOLoss",
     "FusedLinearSimPOLoss",
     "FusedLinearTVDLoss",
+    "FusedMLP",
     "GatedRMSNorm",
     "GeGLUMLP",
     "GroupNorm",

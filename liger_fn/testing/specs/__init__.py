@@ -13,6 +13,7 @@ OPS = (
     "fused_linear_logprobs",
     "fused_linear_selected_logprobs",
     "fused_linear_tvd",
+    "fused_mlp",
     "fused_moe",
     "gated_activation",
     "gated_rms_norm",
