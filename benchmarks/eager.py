@@ -278,6 +278,13 @@ def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(swiglu(F.linear(x, gate_up)), down)
 
 
+def attention_residual(values: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+    """The paper's `block_attn_res`, of outputs that are stacked already."""
+    keys = rms_norm(values, weight)
+    alpha = torch.einsum("d, n b t d -> n b t", query, keys).softmax(0)
+    return torch.einsum("n b t, n b t d -> b t d", alpha, values)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

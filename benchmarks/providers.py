@@ -287,6 +287,11 @@ class Liger(Provider):
 
         return call
 
+    def attention_residual(self):
+        from liger_kernel.transformers.functional import liger_attn_res
+
+        return lambda values, query, weight: liger_attn_res(values, query, weight)
+
     def fused_mlp(self):
         """Its products of gate, up and activation; it has nothing for one packed weight."""
         from liger_kernel.ops.mlp import LigerMLPFunction

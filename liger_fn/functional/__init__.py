@@ -2,7 +2,7 @@
 
 Sizes: B batch, T tokens, N rows, D features, F MLP width, V vocabulary, H heads (or hidden size
 beside V), K key-value heads, C head width (or rows per chunk beside V), R rotated features, E
-experts (K of them a token's).
+experts (K of them a token's), L blocks.
 
 Losses of log-probabilities (DPO, KTO, GRPO and their kin) are in `liger_fn.functional.preference`.
 """
@@ -43,8 +43,10 @@ from liger_fn.functional.norm.modulated_rms_norm import modulated_rms_norm
 from liger_fn.functional.norm.poly_norm import poly_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
+from liger_fn.functional.residual.attention_residual import attention_residual
 
 __all__ = [
+    "attention_residual",
     "cross_entropy",
     "dyt",
     "embedding",

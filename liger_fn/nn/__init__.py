@@ -32,8 +32,10 @@ from liger_fn.nn.preference import (
     FusedLinearORPOLoss,
     FusedLinearSimPOLoss,
 )
+from liger_fn.nn.residual import AttentionResidual
 
 __all__ = [
+    "AttentionResidual",
     "CrossEntropyLoss",
     "DyT",
     "Embedding",

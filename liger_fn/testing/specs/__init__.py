@@ -3,6 +3,7 @@
 import importlib
 
 OPS = (
+    "attention_residual",
     "cross_entropy",
     "dyt",
     "embedding",

@@ -1,0 +1,1 @@
+"""Residual connections that are learned."""
