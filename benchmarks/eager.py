@@ -278,6 +278,11 @@ def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(swiglu(F.linear(x, gate_up)), down)
 
 
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """The second half of LlamaMLP."""
+    return F.linear(swiglu(gate, up), weight)
+
+
 def attention_residual(values: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     """The paper's `block_attn_res`, of outputs that are stacked already."""
     keys = rms_norm(values, weight)

@@ -298,6 +298,11 @@ class Liger(Provider):
 
         return lambda x, gate_up, down: LigerMLPFunction.apply(x, *gate_up.chunk(2), down)
 
+    def gated_linear(self):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        return lambda gate, up, weight: F.linear(LigerSiLUMulFunction.apply(gate, up), weight)
+
     def fused_linear_jsd(self):
         from liger_kernel.transformers.functional import liger_fused_linear_jsd
 

@@ -31,6 +31,7 @@ from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
 from liger_fn.functional.mlp.fused_mlp import fused_mlp
+from liger_fn.functional.mlp.gated_linear import gated_linear
 from liger_fn.functional.mlp.moe import fused_moe
 from liger_fn.functional.mlp.tiled import tiled_mlp
 from liger_fn.functional.norm.dyt import dyt
@@ -61,6 +62,7 @@ __all__ = [
     "fused_mlp",
     "fused_moe",
     "gated_activation",
+    "gated_linear",
     "gated_rms_norm",
     "geglu",
     "group_norm",

@@ -169,7 +169,7 @@ def _glu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _glu_bwd_kernel(
-    gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
+    gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, y_ptr,
     gate_stride_n, up_stride_n, dy_stride_n, dx_stride_n, N, F,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, GATE_SCALE: tl.constexpr, SCALE: tl.constexpr,
     UP_OFFSET: tl.constexpr, LIMIT: tl.constexpr, LIMIT_ACTIVATED: tl.constexpr,
@@ -188,6 +188,8 @@ def _glu_bwd_kernel(
     act, dact = _activated_gate(gate, ACTIVATION, ALPHA, GATE_SCALE, LIMIT, LIMIT_ACTIVATED)
     factor, dfactor = _factor(up, UP_OFFSET, SCALE, LIMIT)
     dgate, dup = dy * factor * dact, dy * act * dfactor
+    if y_ptr is not None:
+        tl.store(y_ptr + row * F + col, act * factor, mask=inside)
 
     if INTERLEAVED:
         pairs = tl.interleave(dgate, dup).to(dgate_ptr.dtype.element_ty)
@@ -267,24 +269,38 @@ def glu_bwd(
     need_dup: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward pass of the unit that `gating` describes."""
+    return glu_bwd_again(gate, up, dy, unit, need_dgate, need_dup, need_y=False)[:2]
+
+
+def glu_bwd_again(
+    gate: Tensor,
+    up: Tensor | None,
+    dy: Tensor,
+    unit: dict[str, Any],
+    need_dgate: bool,
+    need_dup: bool,
+    need_y: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward pass, and give y once more: it costs a write, but no read."""
     packed = up is None
     dgate = dense_like(gate) if need_dgate else None
     dup = dense_like(up) if need_dup else None
+    y = dense_like(dy) if need_y else None
 
-    if has_work(dy) and (need_dgate or need_dup):
+    if has_work(dy) and (need_dgate or need_dup or need_y):
         gate, dy = as_rows(gate), as_rows(dy)
         up = gate if packed else as_rows(up)
         N, F = dy.shape
         config = _glu_config(F)
         launch(
             _glu_bwd_kernel, _grid(N, F, config),
-            gate, up, dy, dgate, dgate if packed else dup,
+            gate, up, dy, dgate, dgate if packed else dup, y,
             gate.stride(0), up.stride(0), dy.stride(0), 2 * F if packed else F, N, F,
             PACKED=packed, **unit,
-            NEED_DGATE=need_dgate, NEED_DUP=need_dup or packed,
+            NEED_DGATE=need_dgate, NEED_DUP=need_dgate if packed else need_dup,
             COMPUTE=triton_dtype(accumulator(dy.dtype)), **config,
         )  # fmt: skip
-    return dgate, dup
+    return dgate, dup, y
 
 
 def halves(gate: Tensor, up: Tensor | None, interleaved: bool = False) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@
 
 Products are PyTorch's, the unit's kernels those of activation/glu.py. Two products forward, four
 backward, of 6·N·F·D and 12·N·F·D operations for N tokens. Kept are x, h (2·F numbers a token) and,
-without `recompute`, `a` (F more); to make it again takes one read of h.
+without `recompute`, `a` (F more); to make it again takes one write, where dh is computed.
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from liger_fn.functional.activation import gated_activation
 from liger_fn.functional.activation.gated_activation import check_unit, unit_of
-from liger_fn.functional.activation.glu import glu_bwd, glu_fwd
+from liger_fn.functional.activation.glu import glu_bwd_again, glu_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import accumulator, has_work
@@ -122,14 +122,19 @@ def fused_mlp_bwd(
     h, dy = h.reshape(-1, width), dy.reshape(-1, D)
     if need_ddown_bias:
         gradients["down_bias"] = _summed(dy)
+    need_dh = need_dx or need_dgate_up or need_dgate_up_bias
+    again = need_ddown and a is None
+    if need_dh:
+        dh, _, made = glu_bwd_again(h, None, dy.mm(down), unit, True, False, again)
+        a = made if again else a
+    elif again:
+        (a,) = glu_fwd(h, None, unit)
     if need_ddown:
-        a = glu_fwd(h, None, unit)[0] if a is None else a.reshape(-1, width // 2)
-        gradients["down"] = dy.t().mm(a)
-    # Not needed again, while the widest tensors are still to come.
+        gradients["down"] = dy.t().mm(a.reshape(-1, width // 2))
+    # Not needed again, while a wide tensor is still to come.
     del a
 
-    if need_dx or need_dgate_up or need_dgate_up_bias:
-        dh, _ = glu_bwd(h, None, dy.mm(down), unit, True, False)
+    if need_dh:
         if need_dgate_up:
             gradients["gate_up"] = dh.t().mm(x.reshape(-1, D))
         if need_dgate_up_bias:

@@ -17,6 +17,7 @@ OPS = (
     "fused_mlp",
     "fused_moe",
     "gated_activation",
+    "gated_linear",
     "gated_rms_norm",
     "geglu",
     "group_norm",
