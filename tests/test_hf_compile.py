@@ -17,11 +17,14 @@ from liger_fn.testing.tiny_models import (
 )
 
 # Common families: a training step is one graph.
-WHOLE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite")
-# A loss by the module CrossEntropyLoss, F.tanh around the logits, layer norms, experts, breaks.
+WHOLE = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"),
+    *("mixtral", "qwen3_moe", "gpt_oss"),
+)
+# A loss by the module CrossEntropyLoss, F.tanh around the logits, layer norms, breaks.
 # Of Bart the loss alone: where some versions break by themselves, Dynamo runs torch's layer norm
 # between two breaks as it is, and makes a graph of ours.
-OTHERS = {"bart": [FUSED], **dict.fromkeys(("recurrent_gemma", "gpt_neox", "mixtral", "gpt2"))}
+OTHERS = {"bart": [FUSED], **dict.fromkeys(("recurrent_gemma", "gpt_neox", "gpt2"))}
 
 
 @pytest.fixture(autouse=True)

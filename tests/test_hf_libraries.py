@@ -20,7 +20,7 @@ from liger_fn import functional
 from liger_fn.hf import apply, kernel_mapping, patched, undo
 from liger_fn.hf.install import installed
 from liger_fn.hf.output_head import DeferringHead
-from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_model
+from liger_fn.testing.tiny_models import assert_same, loss_and_gradients, tiny_inputs, tiny_model
 
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
@@ -107,6 +107,27 @@ def test_a_wrapper_that_names_no_task(model, inputs, fused):
     assert len(fused) == 1
     undo(tuned)
     assert not installed(model)
+
+
+@needs_peft
+@pytest.mark.parametrize("order", ["lora first", "apply first"])
+def test_lora_on_experts(order):
+    """PEFT computes the weights of experts at every call, behind their names."""
+    model = tiny_model("mixtral").train()
+    inputs = tiny_inputs(model)
+    options = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    plain = copy.deepcopy(model)
+    expected = loss_and_gradients(with_lora(plain, **options), inputs)
+    if order == "apply first":
+        report = apply(model, ops=["fused_moe"])
+    tuned = with_lora(model, **options)
+    if order == "lora first":
+        report = apply(tuned, ops=["fused_moe"])
+    assert report.replaced() == {"fused_moe": 2}
+    assert_same(loss_and_gradients(tuned, inputs), expected)
+    report.undo()
+    assert not installed(tuned.get_base_model())
+    assert_same(loss_and_gradients(tuned, inputs), expected)
 
 
 @needs_peft

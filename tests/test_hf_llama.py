@@ -567,7 +567,7 @@ def test_a_head_that_is_empty_in_its_own_forward(model, inputs):
 # with the kernels themselves
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere", "gpt_neox", "qwen3_moe"])
 def test_with_kernels(model_type, device):
     """On a GPU, or interpreted: float32, where kernel and original differ by rounding alone."""
     model = tiny_model(model_type).to(device)

@@ -6,18 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.llama4 import modeling_llama4
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron import modeling_nemotron
 
 from liger_fn import functional
+from liger_fn.functional import using
 from liger_fn.hf import apply
 from liger_fn.hf.families import (
     ACTIVATION,
+    EXPERTS,
     FAMILIES,
     GATED_MLP,
     GATED_NORM,
@@ -26,7 +30,7 @@ from liger_fn.hf.families import (
 )
 from liger_fn.hf.probe import Rejected
 from liger_fn.hf.rotary import guarded, prove_rotary
-from liger_fn.testing.tiny_models import tiny_config, tiny_model
+from liger_fn.testing.tiny_models import model_types, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("reference_path")
 
@@ -128,7 +132,7 @@ def test_relu_squared():
 def test_a_clamp_that_ordinary_inputs_do_not_reach(model_type, task, how):
     """It is no swiglu; the op that clamps reads the bound from the module."""
     found = outcomes(tiny_model(model_type, task))
-    gates = [ours for name, (ours, *_) in found.items() if ours.startswith("gated_activation")]
+    gates = [ours for (ours, *_) in found.values() if "limit=" in ours]
     assert gates
     assert all(how in ours for ours in gates)
     assert not any(ours.startswith("swiglu") for (ours, *_) in found.values())
@@ -297,6 +301,203 @@ def test_a_rotary_call_without_keys():
     expected = rotate.__wrapped__(q, cos=angle.cos(), sin=angle.sin(), unsqueeze_dim=2)
     assert row.op == "rope"
     torch.testing.assert_close(got, expected)
+
+
+# experts
+
+
+def experts_of(model):
+    """The first experts of a model."""
+    return next(m for m in model.modules() if EXPERTS.suggests(m))
+
+
+def routed(experts, dtype=torch.float32):
+    """Tokens, two experts for each, and their weights."""
+    width = experts.down_proj.shape[2 if experts.is_transposed else 1]
+    routes = torch.rand(7, experts.num_experts).topk(2)
+    return torch.randn(7, width, dtype=dtype), routes.indices, routes.values
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "how"),
+    [
+        ("mixtral", "causal-lm", ""),
+        ("qwen3_moe", "causal-lm", ""),
+        ("deepseek_v4", "causal-lm", "limit=limit"),
+        ("hy_v4", "causal-lm", "limit=swiglu_limit"),
+        (
+            "gpt_oss", "causal-lm",
+            "up_offset=1.0, interleaved=True, limit=limit, alpha=alpha, transposed",
+        ),
+        (
+            "minimax_m3_vl", "image-text-to-text",
+            "up_offset=1.0, limit=swiglu_limit, alpha=swiglu_alpha",
+        ),
+    ],
+)  # fmt: skip
+def test_experts_in_their_forms(model_type, task, how):
+    if model_type not in model_types(task):
+        pytest.skip(f"this version of transformers has no {model_type}")
+    found = outcomes(tiny_model(model_type, task))
+    ours = {op for name, ops in found.items() for op in ops if "Experts" in name}
+    kept = {op for op in ours if not op.startswith("fused_moe")}
+    assert kept <= {"swiglu()"}
+    options = {
+        frozenset(filter(None, op.removeprefix("fused_moe(").rstrip(")").split(", ")))
+        for op in ours - kept
+    }
+    assert options == {frozenset(filter(None, how.split(", ")))}
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_the_activation_of_experts(act):
+    proof = prove(EXPERTS, experts_of(tiny_model("mixtral", hidden_act=act)))
+    options = "" if act == "silu" else f"activation={act}"
+    assert proof.candidate.how == f"fused_moe({options})"
+
+
+class ExpertsWithDropout(MixtralExperts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return F.dropout(super().forward(hidden_states, top_k_index, top_k_weights), 0.01)
+
+
+class ExpertsOfFloat32(MixtralExperts):
+    """They return the dtype of the router's weights."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        y = super().forward(hidden_states, top_k_index, top_k_weights)
+        return y.to(top_k_weights.dtype)
+
+
+class ExpertsThatClamp(MixtralExperts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return super().forward(hidden_states.clamp(-100, 100), top_k_index, top_k_weights)
+
+
+class ExpertsWithoutWeights(MixtralExperts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return super().forward(hidden_states, top_k_index, torch.ones_like(top_k_weights))
+
+
+class ExpertsThatAreShared(MixtralExperts):
+    """Expert 0 takes every token, too."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        y = super().forward(hidden_states, top_k_index, top_k_weights)
+        return y + 0.01 * F.linear(hidden_states, self.down_proj[0] @ self.gate_up_proj[0, ::2])
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        ExpertsWithDropout,
+        ExpertsOfFloat32,
+        ExpertsThatClamp,
+        ExpertsWithoutWeights,
+        ExpertsThatAreShared,
+    ],
+)
+def test_what_looks_like_experts(cls):
+    experts = experts_of(tiny_model("mixtral"))
+    # Dispatch would be the class's own; the loops of the subclasses call it.
+    experts.config._experts_implementation = "eager"
+    assert prove(EXPERTS, experts).candidate.op == "fused_moe"
+    experts.__class__ = cls
+    with pytest.raises(Rejected):
+        prove(EXPERTS, experts)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "reason"),
+    [
+        ("nemotron_h", "causal-lm", "has not both gate_up_proj and down_proj"),
+        ("llama4", "causal-lm", "takes other inputs than tokens"),
+        ("longcat_flash", "causal-lm", "does not say how many experts"),
+        ("muse_spark", "image-text-to-text", "has parameters that fused_moe does not take"),
+        ("inkling2_text", "causal-lm", "is not fused_moe: the results differ"),
+    ],
+)
+def test_experts_that_are_left_alone_and_said_so(model_type, task, reason):
+    if model_type not in model_types(task):
+        pytest.skip(f"this version of transformers has no {model_type}")
+    found = outcomes(tiny_model(model_type, task))
+    assert any(reason in ours for name, ops in found.items() if "Experts" in name for ours in ops)
+
+
+def test_experts_without_the_op_get_its_gate():
+    model = tiny_model("mixtral")
+    assert apply(model, ops=["swiglu"]).replaced() == {"swiglu": 2}
+    experts = experts_of(model)
+    assert set(experts.__dict__) & {"forward", "_apply_gate"} == {"_apply_gate"}
+
+
+def test_an_implementation_of_experts_that_somebody_chose(calls):
+    """A kernel of another library stays, whether it was chosen before or after."""
+    seen = []
+
+    def theirs(self, hidden_states, top_k_index, top_k_weights):
+        seen.append(self)
+        return torch.zeros_like(hidden_states)
+
+    ALL_EXPERTS_FUNCTIONS.register("theirs", theirs)
+    try:
+        model = tiny_model("mixtral")
+        model.set_experts_implementation("theirs")
+        assert outcomes(model)["MixtralExperts"] == ["runs the implementation 'theirs'"]
+        model = tiny_model("mixtral")
+        apply(model)
+        experts = experts_of(model)
+        calls.clear()
+        experts(*routed(experts))
+        assert calls.count("fused_moe") == 1
+        model.set_experts_implementation("theirs")
+        assert not experts(*routed(experts)).any()
+        assert (calls.count("fused_moe"), len(seen)) == (1, 1)
+    finally:
+        del ALL_EXPERTS_FUNCTIONS._global_mapping["theirs"]
+
+
+def test_experts_leave_what_was_not_proved_to_the_original(calls):
+    experts = experts_of(tiny_model("mixtral"))
+    forward = prove(EXPERTS, experts).candidate.run
+    x, indices, weights = routed(experts)
+    by_name = {"top_k_index": indices, "top_k_weights": weights}
+    calls.clear()
+    expected = type(experts).forward(experts, x, indices, weights)
+    assert torch.equal(forward(experts, x, **by_name), expected)
+    with using("auto"):
+        # There the reference would run each token through every expert.
+        assert torch.equal(forward(experts, x, indices, weights), expected)
+    other = forward(experts, x.bfloat16(), indices, weights)
+    assert torch.equal(other, type(experts).forward(experts, x.bfloat16(), indices, weights))
+    assert not calls
+    torch.testing.assert_close(forward(experts, x, indices, weights), expected)
+    assert calls == ["fused_moe"]
+
+
+def test_experts_under_autocast_return_the_dtype_of_the_tokens(calls):
+    experts = experts_of(tiny_model("mixtral"))
+    experts.config._experts_implementation = "eager"
+    forward = prove(EXPERTS, experts).candidate.run
+    calls.clear()
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = routed(experts, dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = forward(experts, *arguments), experts(*arguments)
+        assert got.dtype == expected.dtype == dtype
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    assert calls == ["fused_moe"] * 2
+
+
+def test_experts_of_other_processes_add_nothing():
+    """Expert parallelism marks them by an index past the last."""
+    experts = experts_of(tiny_model("mixtral"))
+    forward = prove(EXPERTS, experts).candidate.run
+    x, indices, weights = routed(experts)
+    weights[:, 1] = 0.0
+    expected = type(experts).forward(experts, x, indices, weights)
+    indices[:, 1] = experts.num_experts
+    torch.testing.assert_close(forward(experts, x, indices, weights), expected)
 
 
 # layer norms

@@ -69,7 +69,7 @@ def distances(model, batch, exact) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neox", "qwen3_moe"])
 def test_gradient_checkpointing(model_type, use_reentrant, device):
     model = tiny_model(model_type).train().to(device)
     inputs = moved(tiny_inputs(model), device)
@@ -142,7 +142,7 @@ def test_generation(model_type, way, device):
 # autocast
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "nemotron"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "nemotron", "mixtral"])
 def test_autocast(model_type, device):
     model = tiny_model(model_type).train().to(device)
     inputs = moved(tiny_inputs(model), device)

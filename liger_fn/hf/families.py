@@ -1,7 +1,7 @@
 """Which op may take the place of what: one row for each op.
 
-A *place* says where an op is called: in a norm, in a gated MLP, in the gate of stacked experts. It
-knows the structure that makes a module worth a trial, what the trial runs on, and how the
+A *place* says where an op is called: in a norm, in a gated MLP, in stacked experts or only in their
+gate. It knows the structure that makes a module worth a trial, what the trial runs on, and how the
 replacement is written. A row of `FAMILIES` is an op, its place, and the keyword arguments to try;
 their order does not matter, because the trial decides. To add an op to the adapter, add its row.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from liger_fn import functional
+from liger_fn.functional.core import backend
 from liger_fn.functional.core.rules import autocast_dtype
 from liger_fn.hf.probe import (
     BF16,
@@ -40,9 +41,13 @@ EPS_NAMES = (
     *("variance_epsilon", "eps", "epsilon", "norm_eps"),
     *("layer_norm_epsilon", "layer_norm_eps"),
 )
-LIMITS, ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
+LIMITS, ALPHAS = ("swiglu_limit", "limit"), ("swiglu_alpha", "alpha")
 # What norms that keep no epsilon write in their forward.
 WRITTEN_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+EXPERTS_WEIGHTS = ("gate_up_proj", "down_proj")
+EXPERTS_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+# What transformers chooses by itself for experts; all compute the same.
+STOCK_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class Place:
     """Where an op may be called: in the method `method` of modules of some structure."""
 
     method = "forward"
-    # Each trial: dtype of the input, dtype of the parameters.
-    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] = ((F32, F32), (BF16, BF16))
+    # Each trial: dtype of the input, dtype of the parameters; of experts, dtype of their weights.
+    dtypes: tuple[tuple[torch.dtype, ...], ...] = ((F32, F32), (BF16, BF16))
 
     def suggests(self, module: nn.Module) -> bool:
         """Say whether the report should have a line about the module."""
@@ -94,7 +99,7 @@ class Place:
         raise NotImplementedError
 
     def shadow_and_inputs(
-        self, module: nn.Module, dtypes: tuple[torch.dtype, torch.dtype], g: torch.Generator
+        self, module: nn.Module, dtypes: tuple[torch.dtype, ...], g: torch.Generator
     ) -> tuple[Any, ...]:
         """Make what a trial runs on: a shadow, and the other arguments of the method."""
         raise NotImplementedError
@@ -108,8 +113,12 @@ class Place:
         with quiet() as g:
             return prove(candidates, self._trials(module, g))
 
+    def original(self, module: nn.Module) -> Any:
+        """What a replacement must equal."""
+        return getattr(type(module), self.method)
+
     def _trials(self, module: nn.Module, g: torch.Generator) -> Iterator[Trial]:
-        original = getattr(type(module), self.method)
+        original = self.original(module)
         for dtypes in self.dtypes:
             arguments = self.shadow_and_inputs(module, dtypes, g)
             yield Trial(dtypes[0], functools.partial(original, *arguments), arguments)
@@ -236,11 +245,68 @@ class GatedMLP(Place):
         return shadow(module, {}, children), rows_of_all_sizes(width, dtypes[0], g)
 
 
+class Experts(Place):
+    """`Σ weight · down[e](act(gate[e](x)) · up[e](x))` over a token's experts, held in two tensors.
+
+    Compared is the loop over the experts that the class writes, which transformers' grouped and
+    batched implementations stand for.
+    """
+
+    dtypes = ((F32, F32, F32), (BF16, BF16, BF16), (BF16, BF16, F32))
+
+    def suggests(self, module):
+        return "gate_up_proj" in module._parameters or hasattr(type(module), "_apply_gate")
+
+    def check(self, module):
+        names = set(_parameters(module))
+        if not names >= set(EXPERTS_WEIGHTS):
+            raise Rejected(f"has not both {' and '.join(EXPERTS_WEIGHTS)}")
+        if names - {*EXPERTS_WEIGHTS, *EXPERTS_BIASES} or any(
+            map(_has_parameters, module.children())
+        ):
+            raise Rejected("has parameters that fused_moe does not take")
+        if len(inspect.signature(self.original(module)).parameters) != 4:
+            raise Rejected("takes other inputs than tokens, their experts and the weights of these")
+        if not isinstance(getattr(module, "num_experts", None), int):
+            raise Rejected("does not say how many experts it has")
+        if _implementation(module) not in STOCK_EXPERTS:
+            raise Rejected(f"runs the implementation {_implementation(module)!r}")
+
+    def candidates(self, module, family):
+        held = family.read_from(module)
+        if held is None:
+            return
+        notes = ("transposed",) if _is_transposed(module) else ()
+        for options in family.variants:
+            run = _experts_forward(_Reading(family, options, held), bool(notes))
+            yield Candidate(family.op, family.how(*notes, **options, **held), run)
+
+    def original(self, module):
+        return inspect.unwrap(type(module).forward)
+
+    def shadow_and_inputs(self, module, dtypes, g):
+        E, K, D, F = 5, 2, 24, 20
+        shapes = {"gate_up_proj": (E, 2 * F, D), "down_proj": (E, D, F)}
+        if _is_transposed(module):
+            shapes = {name: (e, columns, rows) for name, (e, rows, columns) in shapes.items()}
+        shapes |= {"gate_up_proj_bias": (E, 2 * F), "down_proj_bias": (E, D)}
+        parameters = {
+            name: nn.Parameter((0.4 * torch.randn(shapes[name], generator=g)).to(dtypes[1]))
+            for name in _parameters(module)
+        }
+        children = {name: own_copy(child) for name, child in module.named_children()}
+        s = shadow(module, {**module._parameters, **parameters}, children)
+        s.__dict__["num_experts"] = E
+        x = rows_of_all_sizes(D, dtypes[0], g).flatten(0, 1)
+        routed = torch.rand(len(x), E, generator=g).topk(K)
+        return s, x, routed.indices, routed.values.to(dtypes[2])
+
+
 class ExpertsGate(Place):
     """`act(gate) * up` on the packed output of the experts' first matrix product.
 
-    Transformers' grouped and batched implementations of experts call this method; the eager one,
-    which loops over the experts, does not.
+    For experts that keep their products. Transformers' grouped and batched implementations call
+    this method; the eager one, which loops over the experts, does not.
     """
 
     method = "_apply_gate"
@@ -266,10 +332,11 @@ class ExpertsGate(Place):
 
 
 NORM, GATED_NORM, ACTIVATION = Norm(), GatedNorm(), Activation()
-GATED_MLP, EXPERTS_GATE = GatedMLP(), ExpertsGate()
+GATED_MLP, EXPERTS, EXPERTS_GATE = GatedMLP(), Experts(), ExpertsGate()
 
 CASTS = ({"cast_before_weight": True}, {"cast_before_weight": False})
 GELUS = ({"approximate": "tanh"}, {"approximate": "none"})
+GATES = ({}, {"activation": "gelu_pytorch_tanh"}, {"activation": "gelu"})
 # Bounds on gate and up, in DeepSeek's form and in that of GPT-OSS.
 BOUNDED = (
     (({}, {"limit_activated": True}), (("limit", LIMITS),)),
@@ -288,6 +355,8 @@ FAMILIES = [
     Family("rms_norm", NORM, (*CASTS, *({"offset": 1.0, **cast} for cast in CASTS)), ("weight",)),
     Family("layer_norm", NORM, ({},), ("weight", "bias")),
     Family("layer_norm", NORM, ({},), ("weight", "bias"), offset=1.0),
+    Family("fused_moe", EXPERTS, GATES),
+    *(Family("fused_moe", EXPERTS, variants, reads=reads) for variants, reads in BOUNDED),
     Family("swiglu", GATED_MLP, ({},)),
     Family("swiglu", EXPERTS_GATE, ({},)),
     Family("geglu", GATED_MLP, GELUS),
@@ -358,11 +427,11 @@ class _Reading:
     options: dict[str, Any]
     held: dict[str, str]
 
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.held:
-            return self.family(*args, **self.options)
+            return self.family(*args, **kwargs, **self.options)
         read = {option: getattr(module, name) for option, name in self.held.items()}
-        return self.family(*args, **self.options, **read)
+        return self.family(*args, **kwargs, **self.options, **read)
 
 
 def _mlp_forwards(op, *names):
@@ -395,6 +464,34 @@ def _packed_up_first(op, up_gate, down):
     return forward
 
 
+def _experts_forward(op, transposed):
+    def forward(self, hidden_states, *routing, **kwargs):
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if kwargs or not _is_served(self, hidden_states, gate_up):
+            return type(self).forward(self, hidden_states, *routing, **kwargs)
+        if transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        biases = (getattr(self, name, None) for name in EXPERTS_BIASES)
+        y = op(
+            self, hidden_states, *routing, gate_up, down,
+            **dict(zip(("gate_up_bias", "down_bias"), biases, strict=True)),
+        )  # fmt: skip
+        # Autocast computes in its dtype, and experts return that of the tokens.
+        return y.to(hidden_states.dtype)
+
+    return forward
+
+
+def _is_served(experts: Any, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Say whether the op takes these, and nobody has chosen another implementation since."""
+    if _implementation(experts) not in STOCK_EXPERTS or type(weight).__name__ == "DTensor":
+        return False
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        return False
+    # Where the reference would run because there are no kernels, it would run all the experts.
+    return backend.chosen() != "auto" or backend.kernels_on(x)
+
+
 def _gate(op):
     def _apply_gate(self, gate_up_out):
         return op(self, gate_up_out)
@@ -420,6 +517,15 @@ def _eps_name(module: nn.Module) -> str | None:
 def _number_name(module: nn.Module, names: tuple[str, ...]) -> str | None:
     """Which of the names is an attribute that is a number."""
     return next((name for name in names if isinstance(getattr(module, name, None), float)), None)
+
+
+def _implementation(experts: Any) -> str | None:
+    """Which of transformers' implementations of experts the configuration names."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+
+
+def _is_transposed(experts: Any) -> bool:
+    return getattr(experts, "is_transposed", False)
 
 
 def _takes_a_gate(module: nn.Module) -> bool:

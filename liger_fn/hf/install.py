@@ -261,6 +261,8 @@ def apply(
             it, all of them do.
             "causal_mask": no op; compiled, a model that is given neither mask nor positions nor
             cache makes no mask, as it makes none uncompiled.
+            "fused_moe": runs where there are kernels for it, not on a CPU, and yields to an
+            implementation that is chosen by `model.set_experts_implementation`.
         verify: True; or "full" to run the model on a small batch before and after as well, the
             report then has both losses. The proofs cannot be switched off: they also choose.
 
@@ -340,7 +342,11 @@ def _replace_methods(model: nn.Module, chosen: Collection[str], report: Report) 
     for module in model.modules():
         for place, families in places.items():
             if families and place.suggests(module):
-                report.add(_replace_method(module, place, families, proofs, report.patches))
+                row = _replace_method(module, place, families, proofs, report.patches)
+                report.add(row)
+                # Experts that are replaced as a whole need no gate.
+                if row.op:
+                    break
 
 
 def _replace_method(module, place, families, proofs, patches) -> Row:

@@ -28,9 +28,9 @@ from liger_fn.testing.tiny_models import loss_and_gradients
 
 OPS = (
     *(FUSED, "rms_norm", "layer_norm", "gated_rms_norm", "rope"),
-    *("swiglu", "geglu", "gated_activation", "relu_squared"),
+    *("fused_moe", "swiglu", "geglu", "gated_activation", "relu_squared"),
 )
-HEADS = {FUSED: "fused head and loss"}
+HEADS = {FUSED: "fused head and loss", "fused_moe": "experts (fused_moe)"}
 
 
 @dataclass

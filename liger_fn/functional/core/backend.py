@@ -31,6 +31,11 @@ def kernels_on(t: torch.Tensor) -> bool:
     return _backend == "kernels"
 
 
+def chosen() -> str:
+    """Name the backend in force."""
+    return _backend
+
+
 def why(device: torch.device) -> tuple[str, str]:
     """Name the backend that will run on `device`, and the reason in one sentence."""
     if TRITON_MISSING and _backend != "reference":
