@@ -50,6 +50,16 @@ def test_compiled_training_step(model_type, device):
     assert_same(loss_and_gradients(model, inputs, compiled), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("items", [7, torch.tensor(7)], ids=["number", "tensor"])
+def test_compiled_with_a_mean_over_more_than_the_batch(items, device):
+    model, inputs = model_and_inputs("llama", device)
+    inputs["num_items_in_batch"] = items.to(device) if torch.is_tensor(items) else items
+    expected = loss_and_gradients(model, inputs)
+    apply(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(loss_and_gradients(model, inputs, compiled), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_compiled_by_inductor(device):
     if device.type == "cpu":
         pytest.skip("on the CPU aot_eager stands for inductor, which would compile C++")

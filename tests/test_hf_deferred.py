@@ -143,6 +143,58 @@ def test_class_weights_and_reductions(head, hidden, target, fused):
     assert len(fused) == 4
 
 
+DIVISORS = {
+    "a number": (7, True),
+    "a tensor": (torch.tensor(7), True),
+    "a narrow tensor": (torch.tensor(3.5, dtype=torch.bfloat16), True),
+    "a wide tensor": (torch.tensor(3.5, dtype=torch.float64), False),
+    "a negative number": (-2.0, False),
+    "a tensor with a gradient": (torch.tensor(7.0, requires_grad=True), False),
+    "a tensor of one dimension": (torch.tensor([7.0]), False),
+}
+
+
+@pytest.mark.parametrize("name", DIVISORS)
+def test_a_sum_waits_for_what_divides_it(head, hidden, target, fused, name):
+    items, is_mean = DIVISORS[name]
+    expected = F.cross_entropy(head(hidden).view(-1, VOCAB), target, reduction="sum") / items
+    wanted = torch.autograd.grad(expected.sum(), (hidden, head.weight))
+    with deferring(head, FUSED):
+        total = F.cross_entropy(head(hidden).view(-1, VOCAB), target, reduction="sum")
+        assert total.device == hidden.device
+        assert not fused
+        loss = total / items
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss.sum(), (hidden, head.weight))
+    torch.testing.assert_close(gradients, wanted)
+    assert [call["reduction"] for call in fused] == ["mean" if is_mean else "sum"]
+    assert ("Div" in type(loss.grad_fn).__name__) != is_mean
+
+
+def test_a_sum_that_nothing_divides(head, hidden, target, fused):
+    """It is a tensor for everybody who does something else with it, and is computed once."""
+    real = F.cross_entropy(head(hidden).view(-1, VOCAB), target, reduction="sum")
+    with deferring(head, FUSED):
+        total = F.cross_entropy(head(hidden).view(-1, VOCAB), target, reduction="sum")
+    for use in (
+        lambda loss: loss + 1,
+        lambda loss: 2 * loss,
+        lambda loss: torch.stack([loss, loss]),
+        lambda loss: loss.mean(),
+        lambda loss: loss / 3,
+        lambda loss: loss.item(),
+    ):
+        torch.testing.assert_close(use(total), use(real))
+    total.backward()
+    assert hidden.grad is not None
+    assert len(fused) == 1
+
+
+def test_a_sum_outside_of_the_model_s_own_code_is_a_tensor(head, hidden, target):
+    _, lazy = real_and_deferred(head, hidden)
+    assert type(F.cross_entropy(lazy.view(-1, VOCAB), target, reduction="sum")) is torch.Tensor
+
+
 def test_what_the_op_does_not_know_gets_real_logits(head, hidden, target, fused):
     real, lazy = real_and_deferred(head, hidden)
     soft = torch.rand(ROWS * TOKENS, VOCAB)

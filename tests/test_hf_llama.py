@@ -351,6 +351,30 @@ def test_the_model_s_own_loss_code_runs(model, inputs, calls, extra):
     assert calls["fused_linear_cross_entropy"] == 1
 
 
+def test_a_mean_over_more_than_the_batch_leaves_nothing_to_the_backward_pass(model, inputs):
+    """What divides the sum is in the gradients that the forward pass makes."""
+    apply(model)
+    loss = model(**inputs, num_items_in_batch=torch.tensor(11)).loss
+    assert "Div" not in type(loss.grad_fn).__name__
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_loss_that_is_a_sum(model, inputs, calls, return_dict):
+    def summed(logits, labels, vocab_size, **_):
+        return nn.functional.cross_entropy(
+            logits.float().view(-1, vocab_size), labels.view(-1), reduction="sum"
+        )
+
+    model.loss_function = summed
+    inputs["return_dict"] = return_dict
+    expected = loss_and_gradients(model, inputs)
+    apply(model)
+    assert type(model(**inputs)[0]) is torch.Tensor
+    assert_same(loss_and_gradients(model, inputs), expected)
+    assert type(model(**inputs)[1]) is Deferred
+    assert calls["fused_linear_cross_entropy"] == 3
+
+
 def test_another_ignore_index(model, inputs, calls):
     inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] < 0, 5)
     expected = loss_and_gradients(model, {**inputs, "ignore_index": 5})

@@ -4,8 +4,9 @@ While a model computes a loss, its output head returns a `Deferred` instead of l
 own code runs on it: it shifts, slices, reshapes, scales, soft-caps and casts it, and each of these
 is only written down. When it reaches `F.cross_entropy`, the head is called a second time, now with
 the targets, and runs the fused op where its weight is at hand: inside its own hooks (FSDP, ZeRO-3,
-offloading). Whatever is asked of a `Deferred` that it does not understand, it answers as the real
-logits would. How the head comes to return one is in `output_head.py`.
+offloading). A sum waits for what divides it (`DeferredSum`). Whatever is asked of a `Deferred` that
+it does not understand, it answers as the real logits would. How the head comes to return one is in
+`output_head.py`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,58 @@ class Circumstances(NamedTuple):
         return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
 
 
+class Lazy:
+    """What stands for a tensor, and becomes one as soon as somebody needs it."""
+
+    def materialize(self) -> torch.Tensor:
+        """Compute the tensor."""
+        raise NotImplementedError
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.materialize(), name)
+
+    def __array__(self, dtype=None, copy=None):
+        array = self.materialize().__array__(dtype)
+        return array.copy() if copy else array
+
+    def __reduce_ex__(self, protocol):
+        # Saved and copied are the numbers; not the head.
+        return self.materialize().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        named = {name: real_values(value) for name, value in (kwargs or {}).items()}
+        return function(*real_values(args), **named)
+
+
+def _as_a_tensor_does(name: str) -> Callable:
+    def operator(self, *args):
+        return getattr(self.materialize(), name)(*map(real_values, args))
+
+    return operator
+
+
+# Python looks these up on the class, not through __getattr__.
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod"),
+    *("pow", "rpow", "matmul", "rmatmul", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("iter", "bool", "float", "int"),
+):
+    setattr(Lazy, f"__{_name}__", _as_a_tensor_does(f"__{_name}__"))
+Lazy.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def real_values(value: Any) -> Any:
+    """Replace everything lazy in nested lists and tuples by its tensor."""
+    if isinstance(value, Lazy):
+        return value.materialize()
+    if type(value) in (list, tuple):
+        return type(value)(map(real_values, value))
+    return value
+
+
 class _SaysWhatToDo(type):
     """Libraries name the class of what they cannot take: so their errors say what to do."""
 
@@ -74,7 +127,7 @@ class _SaysWhatToDo(type):
         )
 
 
-class Deferred(metaclass=_SaysWhatToDo):
+class Deferred(Lazy, metaclass=_SaysWhatToDo):
     """Logits that are not computed yet.
 
     z = head(hidden)[..., :vocab], or hidden[..., :vocab] if `head` is None
@@ -212,9 +265,12 @@ class Deferred(metaclass=_SaysWhatToDo):
         if self.head is None:
             return functional.cross_entropy(self.hidden[..., : self.vocab], target, **options)
         loss = {"vocab": self.vocab, **options}
-        return self._call_head(target=target, loss=loss)
+        # Only in the model's own code: what users get from F.cross_entropy is a tensor.
+        if reduction == "sum" and getattr(self.head, "_liger_loss", None) is not None:
+            return DeferredSum(self, target, loss)
+        return self.call_head(target=target, loss=loss)
 
-    def _call_head(self, **kwargs):
+    def call_head(self, **kwargs):
         if self._head_has_changed():
             raise RuntimeError(
                 "logits: `outputs.logits` must be read before the output head changes; got a head "
@@ -246,7 +302,7 @@ class Deferred(metaclass=_SaysWhatToDo):
         return self.value
 
     def _compute(self):
-        z = self.hidden if self.head is None else self._call_head()
+        z = self.hidden if self.head is None else self.call_head()
         z = z[..., : self.vocab]
         z = z if self.scale == 1 else z * self.scale
         z = z if self.cap is None else torch.tanh(z) * self.cap
@@ -258,55 +314,50 @@ class Deferred(metaclass=_SaysWhatToDo):
     def __setitem__(self, index, value):
         self.materialize()[index] = value
 
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.materialize(), name)
-
-    def __array__(self, dtype=None, copy=None):
-        array = self.materialize().__array__(dtype)
-        return array.copy() if copy else array
-
-    def __reduce_ex__(self, protocol):
-        # Saved and copied are the logits; not the head.
-        return self.materialize().__reduce_ex__(protocol)
-
     def __repr__(self):
         return f"Deferred(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if args and isinstance(args[0], cls):
             if function is F.cross_entropy:
-                return args[0].cross_entropy(*args[1:], **kwargs)
+                return args[0].cross_entropy(*args[1:], **(kwargs or {}))
             if function in (torch.tanh, torch.Tensor.tanh):
                 return args[0].tanh()
-        named = {name: real_values(value) for name, value in kwargs.items()}
-        return function(*real_values(args), **named)
+        return super().__torch_function__(function, types, args, kwargs)
 
 
-def _as_real_logits(name: str) -> Callable:
-    def operator(self, *args):
-        return getattr(self.materialize(), name)(*map(real_values, args))
+class DeferredSum(Lazy):
+    """A sum of losses that waits for what divides it.
 
-    return operator
+    The op makes gradients in the forward pass, for an upstream gradient of 1. That of a sum which
+    is divided is another, and would be multiplied into all of dweight; a mean has the division in
+    its gradients already.
+
+    Args:
+        logits: of which it is the loss.
+        target, loss: what the head is called with.
+    """
+
+    def __init__(self, logits: Deferred, target: torch.Tensor, loss: dict[str, Any]):
+        self.logits, self.target, self.loss = logits, target, loss
+        self.device, self.value = logits.device, None
+
+    def __truediv__(self, items):
+        if self.value is not None or not _is_count(items):
+            return self.materialize() / items
+        loss = {**self.loss, "reduction": "mean", "num_items": items}
+        return self.logits.call_head(target=self.target, loss=loss)
+
+    def materialize(self):
+        if self.value is None:
+            self.value = self.logits.call_head(target=self.target, loss=self.loss)
+        return self.value
 
 
-# Python looks these up on the class, not through __getattr__.
-for _name in (
-    *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow"),
-    *("matmul", "rmatmul", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"),
-    *("iter", "bool", "float", "int"),
-):
-    setattr(Deferred, f"__{_name}__", _as_real_logits(f"__{_name}__"))
-Deferred.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-def real_values(value: Any) -> Any:
-    """Replace every `Deferred` in nested lists and tuples by its logits."""
-    if isinstance(value, Deferred):
-        return value.materialize()
-    if type(value) in (list, tuple):
-        return type(value)(map(real_values, value))
-    return value
+def _is_count(items: Any) -> bool:
+    """Say whether a mean may divide by it, and is then what the quotient would be."""
+    if isinstance(items, torch.Tensor):
+        stays_float32 = torch.promote_types(items.dtype, torch.float32) == torch.float32
+        return items.dim() == 0 and stays_float32 and not items.requires_grad
+    return isinstance(items, int | float) and items > 0

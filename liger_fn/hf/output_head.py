@@ -24,7 +24,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from liger_fn import functional
-from liger_fn.hf.deferred import Deferred, real_values
+from liger_fn.hf.deferred import Deferred, DeferredSum, real_values
 from liger_fn.hf.probe import Rejected, check_own, is_own, slot_of
 
 FUSED, PLAIN = "fused_linear_cross_entropy", "cross_entropy"
@@ -71,10 +71,17 @@ class DeferringHead(Swapped):
         vocab = options.pop("vocab")
         weight, bias = effective_weight(self)
         if weight is None:
-            return functional.cross_entropy(super().forward(x)[..., :vocab], target, **options)
+            return _loss_of(super().forward(x)[..., :vocab], target, **options)
         if vocab != weight.shape[0]:
             weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         return functional.fused_linear_cross_entropy(weight, x, target, bias=bias, **options)
+
+
+def _loss_of(logits: torch.Tensor, target: torch.Tensor, num_items: Any = None, **options: Any):
+    """The loss of logits that are there."""
+    if num_items is None:
+        return functional.cross_entropy(logits, target, **options)
+    return functional.cross_entropy(logits, target, **{**options, "reduction": "sum"}) / num_items
 
 
 class DeferringModel(Swapped):
@@ -130,17 +137,26 @@ def _deferring(run: Callable) -> Callable:
 
 
 def _finished(output: Any, skip_logits: bool | None, mode: str) -> Any:
-    """Take deferred logits out of an output (`skip_logits`), or make them real, or leave them."""
-    if not skip_logits and mode == FUSED:
+    """Take deferred logits out of an output (`skip_logits`), make them real, or leave them.
+
+    A sum that nothing has divided becomes real.
+    """
+    if not isinstance(output, ModelOutput | tuple):
         return output
+    leaves = mode == FUSED and not skip_logits
+    values = output.values() if isinstance(output, ModelOutput) else output
+    if leaves and not any(isinstance(value, DeferredSum) for value in values):
+        return output
+
+    def stays(value):
+        return not (skip_logits and isinstance(value, Deferred))
+
+    def finished(value):
+        return value if leaves and isinstance(value, Deferred) else real_values(value)
+
     if isinstance(output, ModelOutput):
-        parts = {k: v for k, v in output.items() if not (skip_logits and isinstance(v, Deferred))}
-        return type(output)(**{name: real_values(value) for name, value in parts.items()})
-    if isinstance(output, tuple):
-        return tuple(
-            real_values(v) for v in output if not (skip_logits and isinstance(v, Deferred))
-        )
-    return output
+        return type(output)(**{k: finished(v) for k, v in output.items() if stays(v)})
+    return tuple(finished(v) for v in output if stays(v))
 
 
 def _head_at(model: nn.Module, path: str) -> nn.Module | None:
