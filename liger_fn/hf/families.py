@@ -336,6 +336,7 @@ GATED_MLP, EXPERTS, EXPERTS_GATE = GatedMLP(), Experts(), ExpertsGate()
 
 CASTS = ({"cast_before_weight": True}, {"cast_before_weight": False})
 GELUS = ({"approximate": "tanh"}, {"approximate": "none"})
+GELU_NAMES = {"tanh": "gelu_pytorch_tanh", "none": "gelu"}
 GATES = ({}, {"activation": "gelu_pytorch_tanh"}, {"activation": "gelu"})
 # Bounds on gate and up, in DeepSeek's form and in that of GPT-OSS.
 BOUNDED = (
@@ -430,8 +431,20 @@ class _Reading:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.held:
             return self.family(*args, **kwargs, **self.options)
+        return self.family(*args, **kwargs, **self._all_options(module))
+
+    def _all_options(self, module: nn.Module) -> dict[str, Any]:
         read = {option: getattr(module, name) for option, name in self.held.items()}
-        return self.family(*args, **kwargs, **self.options, **read)
+        return {**self.options, **read}
+
+    def then(self, module: nn.Module, layer: Any, gate: Any, up: Any = None) -> Any:
+        """The unit and the layer after it: one op where that layer is no more than its weight."""
+        if not _is_plain(layer, gate):
+            return layer(self(module, gate, up))
+        options = self._all_options(module)
+        if self.family.op == "geglu":
+            options = {"activation": GELU_NAMES[options.get("approximate", "tanh")]}
+        return functional.gated_linear(gate, up, layer.weight, layer.bias, **options)
 
 
 def _mlp_forwards(op, *names):
@@ -444,14 +457,14 @@ def _mlp_forwards(op, *names):
 
 def _separate(op, gate, up, down):
     def forward(self, x):
-        return getattr(self, down)(op(self, getattr(self, gate)(x), getattr(self, up)(x)))
+        return op.then(self, getattr(self, down), getattr(self, gate)(x), getattr(self, up)(x))
 
     return forward
 
 
 def _packed(op, gate_up, down):
     def forward(self, x):
-        return getattr(self, down)(op(self, getattr(self, gate_up)(x)))
+        return op.then(self, getattr(self, down), getattr(self, gate_up)(x))
 
     return forward
 
@@ -459,7 +472,7 @@ def _packed(op, gate_up, down):
 def _packed_up_first(op, up_gate, down):
     def forward(self, x):
         up, gate = getattr(self, up_gate)(x).chunk(2, -1)
-        return getattr(self, down)(op(self, gate, up))
+        return op.then(self, getattr(self, down), gate, up)
 
     return forward
 
@@ -489,6 +502,23 @@ def _is_served(experts: Any, x: torch.Tensor, weight: torch.Tensor) -> bool:
     if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
         return False
     # Where the reference would run because there are no kernels, it would run all the experts.
+    return backend.chosen() != "auto" or backend.kernels_on(x)
+
+
+def _is_plain(layer: Any, x: torch.Tensor) -> bool:
+    """Say whether calling a layer is `F.linear` and nothing else, and there are kernels for x.
+
+    Adapters, quantised weights, sharding and offloading show as another class, hook or forward.
+    """
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    if hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    weight, dtype = layer.weight, autocast_dtype(x.device.type)
+    if type(weight) not in (nn.Parameter, torch.Tensor) or (dtype or weight.dtype) != x.dtype:
+        return False
+    # Without kernels the backward pass would compute the product of the forward pass once more.
     return backend.chosen() != "auto" or backend.kernels_on(x)
 
 

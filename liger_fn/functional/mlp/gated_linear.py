@@ -18,7 +18,7 @@ from liger_fn.functional.activation.gated_activation import check_unit, unit_of
 from liger_fn.functional.activation.glu import check_glu, glu_bwd_again, glu_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.launch import accumulator, has_work
+from liger_fn.functional.core.launch import accumulator
 from liger_fn.functional.linear_loss.chunks import dtype_inside
 
 
