@@ -10,6 +10,8 @@ would be kept: F numbers a token more. Here the backward pass of the unit, which
 registers, writes `a` once more: 12 bytes per element of a 2-byte `a` in place of 10.
 """
 
+import math
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,9 +65,8 @@ def gated_linear_fwd(
     )
     (a,) = glu_fwd(gate, up, unit)
     # As rows: of more dimensions and a bias F.linear makes two launches.
-    D, F = weight.shape
-    tokens = gate.shape[:-1]
-    return (functional.linear(a.view(tokens.numel(), F), weight, bias).view(*tokens, D),)
+    (D, F), tokens = weight.shape, gate.shape[:-1]
+    return (functional.linear(a.view(math.prod(tokens), F), weight, bias).view(*tokens, D),)
 
 
 def gated_linear_bwd(
@@ -91,7 +92,8 @@ def gated_linear_bwd(
         activation, alpha, gate_scale, scale, up_offset, limit, limit_activated, interleaved
     )
     (D, F), tokens = weight.shape, gate.shape[:-1]
-    dy = dy.reshape(tokens.numel(), D)
+    N = math.prod(tokens)
+    dy = dy.reshape(N, D)
     dgate, dup, a = None, None, None
     if need_dgate or need_dup:
         da = dy.mm(weight).view(*tokens, F)
@@ -99,7 +101,7 @@ def gated_linear_bwd(
     elif need_dweight:
         (a,) = glu_fwd(gate, up, unit)
 
-    dweight = None if a is None else dy.t().mm(a.view(tokens.numel(), F))
+    dweight = None if a is None else dy.t().mm(a.view(N, F))
     dbias = None
     if bias is not None and need_dbias:
         dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype)

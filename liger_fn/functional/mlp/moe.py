@@ -22,6 +22,7 @@ Hopper and Blackwell. Elsewhere they are the kernels below.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def reference(
     """Every expert of every token, so that no size depends on data."""
     compute = accumulator(x.dtype)
     # As rows: PyTorch 2.11 cannot trace the second derivative of F.linear in three dimensions.
-    shape, N, K = x.shape, x.shape[:-1].numel(), indices.shape[-1]
+    shape, N, K = x.shape, math.prod(x.shape[:-1]), indices.shape[-1]
     x, indices = x.reshape(N, shape[-1]), indices.reshape(N, K)
     weights = weights.reshape(N, K).to(compute)
     y = x.new_zeros(x.shape, dtype=compute)

@@ -18,6 +18,7 @@ from liger_fn.testing.call import (
     cotangents_like,
     forward_ops,
     gradients,
+    is_tensor,
     loss,
 )
 from liger_fn.testing.properties.registry import NotApplicable, holds_for
@@ -127,7 +128,7 @@ def autocast(spec, case, device):
     plain = call
     if spec.autocast:
         names = call.wrt if spec.autocast is True else spec.autocast
-        given = {n: call.arguments[n] for n in names if n in call.arguments}
+        given = {n: call.arguments[n] for n in names if is_tensor(call.arguments.get(n))}
         plain = call.where(**{n: t.to(torch.bfloat16) for n, t in given.items()})
     expected = plain.op()(*plain.tensors(requires_grad=True))
 
