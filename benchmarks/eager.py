@@ -290,6 +290,29 @@ def attention_residual(values: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("n b t, n b t d -> b t d", alpha, values)
 
 
+def mhc_pre(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DeepseekV4HyperConnection."""
+    H, eps = x.shape[-2], 1e-6
+    flat = x.flatten(2).float()
+    mix = F.linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps), weight.float())
+    (pre, post, res), biases = (t.split([H, H, H * H], -1) for t in (mix, bias))
+    pre = torch.sigmoid(pre * scale[0] + biases[0])
+    post = 2 * torch.sigmoid(post * scale[1] + biases[1])
+    res = torch.softmax((res * scale[2] + biases[2]).unflatten(-1, (H, H)), -1) + eps
+    res = res / (res.sum(-2, keepdim=True) + eps)
+    for _ in range(19):
+        res = res / (res.sum(-1, keepdim=True) + eps)
+        res = res / (res.sum(-2, keepdim=True) + eps)
+    return (pre.unsqueeze(-1) * x).sum(2).to(x.dtype), post, res
+
+
+def mhc_post(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    """DeepseekV4DecoderLayer's, after its attention and after its experts."""
+    return post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(-2) + torch.matmul(res.to(x.dtype), x)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

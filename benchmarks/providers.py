@@ -292,6 +292,21 @@ class Liger(Provider):
 
         return lambda values, query, weight: liger_attn_res(values, query, weight)
 
+    def mhc_pre(self):
+        from liger_kernel.transformers.functional import liger_mhc_coeffs, liger_mhc_pre
+
+        def call(x, weight, bias, scale):
+            wide = {"allow_fp32": x.dtype is torch.float32}
+            pre, post, res = liger_mhc_coeffs(x, weight.t(), bias, *scale.unbind(), **wide)
+            return liger_mhc_pre(x, pre), post, res
+
+        return call
+
+    def mhc_post(self):
+        from liger_kernel.transformers.functional import liger_mhc_post_res
+
+        return lambda x, y, post, res: liger_mhc_post_res(x, y, post, res)
+
     def fused_mlp(self):
         """Its products of gate, up and activation; it has nothing for one packed weight."""
         from liger_kernel.ops.mlp import LigerMLPFunction

@@ -1,9 +1,17 @@
 """Calls so small that nobody waits for the device: they show what a call costs the host."""
 
+import torch
 from torch import Tensor
 
 from liger_fn.testing.spec import Benchmark, Draw, OpSpec
-from liger_fn.testing.specs import attention_residual, fused_mlp, fused_moe, gated_linear
+from liger_fn.testing.specs import (
+    attention_residual,
+    fused_mlp,
+    fused_moe,
+    gated_linear,
+    mhc_post,
+    mhc_pre,
+)
 from liger_fn.testing.specs.fused_linear_divergence import heads
 
 
@@ -66,6 +74,8 @@ _TINY = {
     "fused_linear_kl_div": lambda d: heads(d, 128, 256, 512, 1024),
     "fused_linear_tvd": lambda d: heads(d, 128, 256, 512, 1024, apart=True),
     "attention_residual": lambda d: attention_residual.arguments(d, 4, 1, 16, 1024),
+    "mhc_pre": lambda d: mhc_pre.arguments(d, 1, 16, 4, 256, params=torch.float32),
+    "mhc_post": lambda d: mhc_post.arguments(d, 1, 16, 4, 256),
     "fused_mlp": lambda d: fused_mlp.arguments(d, (1, 64), 64, 32),
     "gated_linear": lambda d: gated_linear.arguments(d, (1, 64), 32, 64),
     "fused_moe": lambda d: fused_moe.arguments(d, (64,), 64, 32, 4, 2),

@@ -272,10 +272,10 @@ def test_no_case_starts_after_the_limit(bench, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["no_such_op"], "OP: 'no_such_op' is not one of cross_entropy, "),
+        (["no_such_op"], "OP: 'no_such_op' is not one of attention_residual, "),
         (["--mode", "sideways"], "--mode: 'sideways' is not one of fwd, bwd, full, host, memory"),
         (["--providers", "x"], "--providers: 'x' is not one of eager, "),
-        (["--shape", "x"], "--shape: 'x' is not one of 4096x128256, "),
+        (["--shape", "x"], "--shape: 'x' is not one of 8x8192x4096, "),
         (["--repeats", "0"], "--repeats and --calls: must be 1 at least"),
         (["--calls", "0"], "--repeats and --calls: must be 1 at least"),
         (["--device", "gpu"], "argument --device: 'gpu' is not a device"),

@@ -45,6 +45,8 @@ from liger_fn.functional.norm.poly_norm import poly_norm
 from liger_fn.functional.norm.rms_norm import rms_norm
 from liger_fn.functional.position.rope import rope
 from liger_fn.functional.residual.attention_residual import attention_residual
+from liger_fn.functional.residual.mhc_post import mhc_post
+from liger_fn.functional.residual.mhc_pre import mhc_pre
 
 __all__ = [
     "attention_residual",
@@ -70,6 +72,8 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "logprobs",
+    "mhc_post",
+    "mhc_pre",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "poly_norm",

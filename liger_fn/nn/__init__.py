@@ -32,7 +32,7 @@ from liger_fn.nn.preference import (
     FusedLinearORPOLoss,
     FusedLinearSimPOLoss,
 )
-from liger_fn.nn.residual import AttentionResidual
+from liger_fn.nn.residual import AttentionResidual, HyperConnected, HyperConnection
 
 __all__ = [
     "AttentionResidual",
@@ -55,6 +55,8 @@ __all__ = [
     "GatedRMSNorm",
     "GeGLUMLP",
     "GroupNorm",
+    "HyperConnected",
+    "HyperConnection",
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",

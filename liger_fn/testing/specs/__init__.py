@@ -25,6 +25,8 @@ OPS = (
     "kl_div",
     "layer_norm",
     "logprobs",
+    "mhc_post",
+    "mhc_pre",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "poly_norm",

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from liger_fn.functional import attention_residual
 from liger_fn.functional.residual import attention_residual as room
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
+from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, Launch, OpSpec, around
 
 
 def arguments(draw, *shape: int, weight: bool = True, scale: float = 1.0) -> dict:
@@ -121,6 +121,12 @@ SPEC = OpSpec(
     ),
     kernels=kernels,
     benchmarks=(benchmark(8, 8192, 4096), benchmark(9, 4096, 7168), benchmark(16, 8192, 2048)),
+    launches=tuple(
+        Launch(room, "_attention_residual_config", mode,
+               around(("BLOCK_N", "BLOCK_D"), BLOCK_N=(1, 2), BLOCK_D=(512, 1024, 2048, 4096),
+                      num_warps=(4, 8, 16)))
+        for mode in ("fwd", "bwd")
+    ),
     huge=Case(
         "65x8x8192x512",
         lambda d: arguments(d, 8192, 8, 512) | {
