@@ -347,3 +347,23 @@ def test_who_takes_only_tensors_says_what_to_do(head, hidden, use):
     with pytest.raises(Exception, match=r"call its materialize\(\), or the model with skip_logits"):
         use(lazy)
     assert use(lazy.materialize()).numel()
+
+
+# What trainers ask of them
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("count", [0, 7])
+def test_sums_of_mean_logits(cap, count):
+    hidden, head = torch.randn(9, 8, dtype=torch.float64), torch.nn.Linear(8, 5).double()
+    logits = Deferred(head, hidden, 5, scale=0.5, cap=cap)
+    mask = torch.arange(9) < count
+    real = head(hidden) * 0.5
+    real = real if cap is None else cap * torch.tanh(real)
+    torch.testing.assert_close(logits.rows(mask).sum_of_means(), real[mask].mean(-1).sum())
+
+
+def test_rows_of_logits_that_were_written_to():
+    logits = Deferred(None, torch.randn(3, 4), 4)
+    logits[0] = 0.0
+    assert torch.equal(logits.rows(torch.tensor([True, False, False])), torch.zeros(1, 4))

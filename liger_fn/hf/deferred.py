@@ -24,6 +24,9 @@ from torch import nn
 from liger_fn import functional
 from liger_fn.functional.core.rules import autocast_dtype
 
+# Where logits are needed after all, but only to be summed up: 256 MiB of 128k float32 logits.
+_ROWS_AT_ONCE = 512
+
 
 def _recorded(method: Callable) -> Callable:
     """Write an operation down; if the logits exist and were written to, apply it to them."""
@@ -259,16 +262,46 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
         if is_old_style or target.is_floating_point() or not self._is_fusable():
             z = self.materialize()
             return F.cross_entropy(z, target, weight, size_average, reduce=reduce, **options)
-        # softcap * tanh(logit_scale * z / softcap) is how the op writes cap * tanh(scale * z).
-        scale = self.scale if self.cap is None else self.scale * self.cap
-        options.update(class_weight=weight, softcap=self.cap, logit_scale=scale)
+        options.update(class_weight=weight, **self._scaling())
         if self.head is None:
             return functional.cross_entropy(self.hidden[..., : self.vocab], target, **options)
-        loss = {"vocab": self.vocab, **options}
+        loss = {"op": "cross_entropy", "vocab": self.vocab, **options}
         # Only in the model's own code: what users get from F.cross_entropy is a tensor.
         if reduction == "sum" and getattr(self.head, "_liger_loss", None) is not None:
             return DeferredSum(self, target, loss)
         return self.call_head(target=target, loss=loss)
+
+    def logprobs(self, target, **options):
+        """`functional.logprobs` of the logits, by the fused op if that can do it."""
+        if not self._is_fusable():
+            return functional.logprobs(self.materialize(), target, **options)
+        options.update(self._scaling())
+        if self.head is None:
+            return functional.logprobs(self.hidden[..., : self.vocab], target, **options)
+        loss = {"op": "logprobs", "vocab": self.vocab, **options}
+        return self.call_head(target=target, loss=loss)
+
+    def rows(self, mask):
+        """The logits of the rows in a boolean mask, (N, V), which are not computed either."""
+        if self.written_to():
+            return self.value[mask]
+        return self._with(hidden=self.hidden[mask])
+
+    @torch.no_grad()
+    def sum_of_means(self):
+        """The mean logit of each row, summed over the rows; a constant."""
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        if self.cap is None and len(self):
+            # Linear: what it makes of the mean row is the mean of what it makes of all rows.
+            mean = self.hidden.mean(0, keepdim=True, dtype=wide).to(self.hidden.dtype)
+            return self._with(hidden=mean).materialize().to(wide).mean() * len(self)
+        parts = (self._with(hidden=few) for few in self.hidden.split(_ROWS_AT_ONCE))
+        return sum(part.materialize().to(wide).mean(-1).sum() for part in parts)
+
+    def _scaling(self):
+        # softcap * tanh(logit_scale * z / softcap) is how the ops write cap * tanh(scale * z).
+        scale = self.scale if self.cap is None else self.scale * self.cap
+        return {"softcap": self.cap, "logit_scale": scale}
 
     def call_head(self, **kwargs):
         if self._head_has_changed():

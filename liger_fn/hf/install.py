@@ -35,8 +35,8 @@ from liger_fn.hf.rotary import Domain, guarded, prove_rotary, rotary_functions
 
 LOSSES = (FUSED, PLAIN)
 IDLE_IN_TRL = (
-    "idle in TRL's SFTTrainer, which makes its own loss from the head's weight; "
-    "give a subclass `compute_loss = transformers.Trainer.compute_loss`"
+    "idle in TRL's own trainers, which make their loss from the head's weight; "
+    "those of liger_fn.hf.trl use it"
 )
 
 

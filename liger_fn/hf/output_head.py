@@ -68,20 +68,24 @@ class DeferringHead(Swapped):
         if loss is None:
             return super().forward(x, *args, **kwargs)
         options = dict(loss)
-        vocab = options.pop("vocab")
+        op, vocab = options.pop("op"), options.pop("vocab")
         weight, bias = effective_weight(self)
         if weight is None:
-            return _loss_of(super().forward(x)[..., :vocab], target, **options)
+            return _loss_of(op, super().forward(x)[..., :vocab], target, **options)
         if vocab != weight.shape[0]:
             weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-        return functional.fused_linear_cross_entropy(weight, x, target, bias=bias, **options)
+        fused = getattr(functional, f"fused_linear_{op}")
+        return fused(weight, x, target, bias=bias, **options)
 
 
-def _loss_of(logits: torch.Tensor, target: torch.Tensor, num_items: Any = None, **options: Any):
-    """The loss of logits that are there."""
+def _loss_of(
+    op: str, logits: torch.Tensor, target: torch.Tensor, num_items: Any = None, **options: Any
+) -> torch.Tensor:
+    """What the op says of logits that are there."""
+    of_logits = getattr(functional, op)
     if num_items is None:
-        return functional.cross_entropy(logits, target, **options)
-    return functional.cross_entropy(logits, target, **{**options, "reduction": "sum"}) / num_items
+        return of_logits(logits, target, **options)
+    return of_logits(logits, target, **{**options, "reduction": "sum"}) / num_items
 
 
 class DeferringModel(Swapped):
@@ -103,6 +107,14 @@ def deferring(head: Any, mode: str) -> Iterator[None]:
     finally:
         if _computes_a_loss(head):
             head._liger_loss = None
+
+
+def deferring_head(wrapped: nn.Module) -> nn.Module | None:
+    """Find the head of a patched model, itself or in its wrappers; None if its logits are real."""
+    for module in wrapped.modules():
+        if isinstance(module, DeferringModel):
+            return _head_at(module, module._liger_head) if module._liger_mode == FUSED else None
+    return None
 
 
 def _computes_a_loss(head: Any) -> bool:
@@ -145,18 +157,27 @@ def _finished(output: Any, skip_logits: bool | None, mode: str) -> Any:
         return output
     leaves = mode == FUSED and not skip_logits
     values = output.values() if isinstance(output, ModelOutput) else output
-    if leaves and not any(isinstance(value, DeferredSum) for value in values):
+    if not leaves:
+        return with_real_logits(output, drop=bool(skip_logits))
+    if not any(isinstance(value, DeferredSum) for value in values):
         return output
+    return _mapped(output, lambda v: v if isinstance(v, Deferred) else real_values(v))
 
+
+def with_real_logits(output: Any, drop: bool = False) -> Any:
+    """Compute the deferred logits in a model's output, or drop them."""
+    return _mapped(output, real_values, drop)
+
+
+def _mapped(output: Any, finish: Callable, drop: bool = False) -> Any:
     def stays(value):
-        return not (skip_logits and isinstance(value, Deferred))
-
-    def finished(value):
-        return value if leaves and isinstance(value, Deferred) else real_values(value)
+        return not (drop and isinstance(value, Deferred))
 
     if isinstance(output, ModelOutput):
-        return type(output)(**{k: finished(v) for k, v in output.items() if stays(v)})
-    return tuple(finished(v) for v in output if stays(v))
+        return type(output)(**{k: finish(v) for k, v in output.items() if stays(v)})
+    if isinstance(output, tuple):
+        return tuple(finish(v) for v in output if stays(v))
+    return output
 
 
 def _head_at(model: nn.Module, path: str) -> nn.Module | None:
