@@ -117,8 +117,9 @@ class Patched:
             raise ImportError(f"trl: must be {OLDEST} at least; got {version('trl')}.")
         super().__init__(*args, **kwargs)
         models = (self.model, getattr(self, "ref_model", None))
+        unwrap = self.accelerator.unwrap_model
         self.reports = [
-            apply(self.accelerator.unwrap_model(model), ops=self.ops)
+            apply(unwrap(model, keep_torch_compile=False), ops=self.ops)
             for model in models
             if model is not None
         ]
