@@ -3,7 +3,7 @@
 import argparse
 import platform
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,13 @@ def among(
         if word not in known:
             parser.error(f"{name}: {word!r} is not one of {', '.join(known)}")
     return list(dict.fromkeys(chosen))
+
+
+def names_a_mode(argv: Sequence[str] | None, modes: Collection[str]) -> bool:
+    """Say whether a command line has --mode with one of these, which have options of their own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mode", default="")
+    return parser.parse_known_args(argv)[0].mode in modes
 
 
 def device(text: str) -> torch.device:

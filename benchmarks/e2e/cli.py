@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import rows as files
-from benchmarks.command_line import among, commit, device, device_name
+from benchmarks.command_line import among, commit, device, device_name, names_a_mode
 from benchmarks.e2e import curves, figures, readme, report
 from benchmarks.e2e.processes import ROOT, Worker
 from benchmarks.e2e.providers import NAMES, REFERENCE, is_name, missing
@@ -42,10 +42,8 @@ _SHARE_OF_SEARCH = 0.8
 
 
 def asked(argv: Sequence[str] | None) -> bool:
-    """Say whether a command line names one of these modes; they have options of their own."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--mode", default="")
-    return parser.parse_known_args(argv)[0].mode in MODES
+    """Say whether a command line names one of these modes."""
+    return names_a_mode(argv, MODES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 class Run:
     """One run: its processes one after the other, and a row for each."""
 
+    worker = "benchmarks.e2e.worker"
+
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.end = time.monotonic() + options.limit
@@ -181,14 +181,15 @@ class Run:
                 out.append(name)
         return out
 
-    def _measure(self, tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
+    def _measure(self, tasks: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Let one process after the other measure; the next ones may import meanwhile."""
         ahead = (os.cpu_count() or 1) // _CORES_EACH
         started: dict[int, Worker] = {}
 
         def start(i: int) -> Worker:
             if i not in started:
-                started[i] = Worker(self._within_time(tasks[i]), self.folder, str(i))
+                task = self._within_time(tasks[i])
+                started[i] = Worker(task, self.folder, str(i), self.worker)
             return started[i]
 
         try:
@@ -196,18 +197,21 @@ class Run:
                 for i, task in enumerate(bar):
                     left = self.end - time.monotonic()
                     if left <= 0:
-                        self.unfinished.append(f"not run, out of time: {title(task)}")
+                        self.unfinished.append(f"not run, out of time: {self.title(task)}")
                         continue
                     worker = start(i)
                     for following in range(i + 1, min(i + 1 + ahead, len(tasks))):
                         start(following)
-                    watch = _shown(bar, title(task))
+                    watch = _shown(bar, self.title(task))
                     yield task, worker.measure(min(self.options.timeout, left), watch)
         finally:
             for worker in started.values():
                 worker.end()
 
-    def _within_time(self, task: Task) -> Task:
+    def title(self, task: Any) -> str:
+        return title(task)
+
+    def _within_time(self, task: Any) -> Any:
         left = min(self.options.timeout, self.end - time.monotonic())
         return replace(task, seconds=_SHARE_OF_SEARCH * left)
 

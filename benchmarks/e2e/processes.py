@@ -8,10 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from benchmarks.e2e.trainee import Task
 
 ROOT = Path(__file__).parents[2]
 _LOOK_EVERY = 0.2
@@ -21,15 +20,22 @@ class Worker:
     """A process that imports at once and measures when it is told to.
 
     It leads a group of its own, which is ended with it: compilers start processes too.
+
+    Args:
+        task: a dataclass, which `module` understands.
+        folder: where it writes, under `name`.
+        module: what it runs: `work` of `worker.py` with a task.
     """
 
-    def __init__(self, task: Task, folder: Path, name: str) -> None:
+    def __init__(
+        self, task: Any, folder: Path, name: str, module: str = "benchmarks.e2e.worker"
+    ) -> None:
         self._is_over = False
         self.facts_path, self.log_path = folder / f"{name}.jsonl", folder / f"{name}.log"
-        command = (sys.executable, "-m", "benchmarks.e2e.worker")
+        command = (sys.executable, "-m", module)
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
-                (*command, json.dumps(task.asdict()), str(self.facts_path)),
+                (*command, json.dumps(asdict(task)), str(self.facts_path)),
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=log,

@@ -20,15 +20,20 @@ NOTHING = "Nothing is committed yet: the command below makes the rows."
 
 def insert(page: Path, rows: Sequence[Row], curves: Sequence[Curve]) -> None:
     """Write the tables between the markers of a page."""
+    put_between(page, BEGIN, END, section(rows, curves))
+
+
+def put_between(page: Path, begin: str, end: str, section: str) -> None:
+    """Replace what stands between two markers of a page."""
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{page} cannot be read: {error.strerror}.") from None
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page} must contain {BEGIN} and, after it, {END}, each once.")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{section(rows, curves)}\n\n{END}{after}", encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page} must contain {begin} and, after it, {end}, each once.")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
 
 
 def section(rows: Sequence[Row], curves: Sequence[Curve]) -> str:

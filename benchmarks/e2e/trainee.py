@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,6 @@ class Task:
     text: str = ""
     vocab: int = 0
     nudge: bool = False
-
-    def asdict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Adapted(nn.Module):

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,41 @@ MEASURES: dict[str, Callable[[Task, Provider, Tell], dict[str, Any]]] = {
 }
 
 
+Measure = Callable[[Tell], dict[str, Any]]
+
+
 def main(task: Task, path: Path) -> None:
+    def get_ready() -> Measure:
+        provider = find(task.provider)
+        # Not at the top: a worker that cannot import it has a row too.
+        from transformers import AutoModelForCausalLM  # noqa: F401
+
+        return partial(MEASURES[task.kind], task, provider)
+
+    work(path, task.device, get_ready)
+
+
+def work(path: Path, device: str, get_ready: Callable[[], Measure]) -> None:
+    """Get ready, wait for a line on the input, measure, and tell how that ended; then end."""
+
     def tell(**facts: Any) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(facts) + "\n")
 
     try:
         logging.disable(logging.WARNING)
-        provider = find(task.provider)
-        # Not at the top: a worker that cannot import it has a row too.
-        from transformers import AutoModelForCausalLM  # noqa: F401
-
-        if not sys.stdin.readline():
-            return
-        if (device := torch.device(task.device)).index is not None:
-            torch.cuda.set_device(device)
-        tell(**MEASURES[task.kind](task, provider, tell), status="ok")
+        measure = get_ready()
+        if sys.stdin.readline():
+            if (index := torch.device(device).index) is not None:
+                torch.cuda.set_device(index)
+            tell(**measure(tell), status="ok")
     except Exception as error:
         traceback.print_exc()
         tell(status=_status(error), note=first_line(error))
+    # Nothing that is left, such as a compiler's threads, may hold the process up.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _status(error: Exception) -> str:
@@ -56,7 +73,3 @@ def _status(error: Exception) -> str:
 
 if __name__ == "__main__":
     main(Task(**json.loads(sys.argv[1])), Path(sys.argv[2]))
-    # Nothing that is left, such as a compiler's threads, may hold the process up.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
