@@ -23,6 +23,7 @@ from benchmarks.plot import plot_files
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.timing import Clock
 from benchmarks.tiny import tiny
+from benchmarks.trainers import cli as trainers
 from liger_fn.testing.spec import Benchmark, OpSpec
 from liger_fn.testing.specs import specs
 
@@ -35,8 +36,8 @@ kept busy beforehand until the host has enqueued all of the call. host is the mi
 host, of fwd and of full, on tiny tensors. memory is the peak of full above the inputs. sweep tries
 other launch configurations of our ops, and says which are more than 3 % from the best. layer times
 a decoder layer of Llama-3-8B forward and backward, eager and compiled, with and without our ops.
-e2e and curves are about whole models, stand alone, and have options of their own:
-`python -m benchmarks --mode e2e --help`.
+e2e and curves are about whole models, trl about TRL's trainers; these stand alone, and have options
+of their own: `python -m benchmarks --mode e2e --help`.
 """
 HERE = Path(__file__).parent
 Cases = list[tuple[OpSpec, Benchmark, list[str]]]
@@ -51,8 +52,9 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if e2e.asked(argv):
-        return e2e.main(argv)
+    for whole in (e2e, trainers):
+        if whole.asked(argv):
+            return whole.main(argv)
     options = parse(argv)
     try:
         if options.plot or options.table:

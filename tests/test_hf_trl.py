@@ -266,6 +266,21 @@ def test_a_mixin_for_a_trainer_of_one_s_own(tmp_path):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_at_once(tmp_path, monkeypatch):
+    class Own(ours.SFTLoss, trl.SFTTrainer):
+        chunk_size = 3
+
+    given, op = [], functional.fused_linear_logprobs
+
+    def watched(weight, x, y, chunk_size=None, **options):
+        given.append(chunk_size)
+        return op(weight, x, y, chunk_size, **options)
+
+    monkeypatch.setattr(functional, "fused_linear_logprobs", watched)
+    trained(make("SFT", type("module", (), {"SFTTrainer": Own}), tmp_path))
+    assert given == [3, 3]
+
+
 def test_names():
     assert {"SFTTrainer", "DPOTrainer", "GRPOTrainer"} <= set(dir(ours))
     assert ours.SFTTrainer is ours.SFTTrainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from liger_fn.testing.tiny_models import HIDDEN, VOCAB, tiny_model
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
 
+def for_trl(folder: Path) -> dict:
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    from benchmarks.trainers.training import tokenizer
+
+    pair = {"prompt": "w3 w4", "chosen": " w5", "rejected": " w6"}
+    return {
+        "settings": DPOConfig(str(folder), use_cpu=True, bf16=False, report_to=[]),
+        "pairs": Dataset.from_list([pair]),
+        "tokenizer": tokenizer(VOCAB),
+    }
+
+
 def test_every_example_runs(tmp_path, capsys):
     tiny_model("llama").save_pretrained(tmp_path)
     hidden, target = torch.randn(6, HIDDEN), torch.randint(VOCAB, (6,))
@@ -23,7 +38,11 @@ def test_every_example_runs(tmp_path, capsys):
     names = {"hidden": hidden, "target": target, "weight": weight, "x": hidden, "y": target}
     names |= {"scale": scale, "batch": batch}
     examples = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(examples) == 5
+    assert len(examples) == 6
+    if all(map(importlib.util.find_spec, ("trl", "datasets"))):
+        names |= for_trl(tmp_path)
+    else:
+        examples = [example for example in examples if "hf.trl" not in example]
     try:
         for example in examples:
             exec(example.replace("meta-llama/Llama-3.2-1B", str(tmp_path)), names)
@@ -42,5 +61,5 @@ def test_what_takes_the_place_of_liger_kernel_s_names_is_there():
     found = {name for pair in named for name in pair if name}
     assert {"apply", "rms_norm", "rope", "SwiGLUMLP", "AutoLigerKernelForImageTextToText"} <= found
     doors = (liger_fn.hf, liger_fn.nn, functional)
-    theirs = {"SFTTrainer", "Trainer"}
+    theirs = {"Trainer"}
     assert not [n for n in found - theirs if not any(hasattr(door, n) for door in doors)]

@@ -175,11 +175,14 @@ class Run:
     def _present(self) -> list[str]:
         out = []
         for name in self.options.providers:
-            if why := missing(name, self.options.device):
+            if why := self._why_missing(name):
                 print(f"absent: {name}: {why}")
             else:
                 out.append(name)
         return out
+
+    def _why_missing(self, name: str) -> str:
+        return missing(name, self.options.device)
 
     def _measure(self, tasks: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Let one process after the other measure; the next ones may import meanwhile."""
@@ -224,7 +227,7 @@ class Run:
             batch=task.batch,
             seq=task.seq,
             provider=task.provider,
-            **_known(Row, facts),
+            **known(Row, facts),
             **self.about,
         )
         if row.mode != "e2e" or row.status != "ok":
@@ -235,17 +238,16 @@ class Run:
         return replace(row, verdict=report.verdict(row, like[0] if like else None))
 
     def _curve(self, task: Task, facts: dict[str, Any]) -> Curve:
-        losses = " ".join(f"{x:.7g}" for x in facts.pop("losses", []))
+        facts["losses"] = " ".join(f"{x:.7g}" for x in facts.pop("losses", []))
         run = NUDGED if task.nudge else task.provider
-        known = _known(Curve, facts)
-        return Curve(task.shape, task.dtype, run, losses=losses, **known, **self.about)
+        return Curve(task.shape, task.dtype, run, **known(Curve, facts), **self.about)
 
     def _write(self, kind: type, row: Any) -> None:
         if self.options.csv:
             files.append(self.options.csv, kind, [row])
 
 
-def _known(kind: type, facts: dict[str, Any]) -> dict[str, Any]:
+def known(kind: type, facts: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in facts.items() if name in names}
 

@@ -271,14 +271,14 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
             return DeferredSum(self, target, loss)
         return self.call_head(target=target, loss=loss)
 
-    def logprobs(self, target, **options):
+    def logprobs(self, target, *, chunk_size=None, **options):
         """`functional.logprobs` of the logits, by the fused op if that can do it."""
         if not self._is_fusable():
             return functional.logprobs(self.materialize(), target, **options)
         options.update(self._scaling())
         if self.head is None:
             return functional.logprobs(self.hidden[..., : self.vocab], target, **options)
-        loss = {"op": "logprobs", "vocab": self.vocab, **options}
+        loss = {"op": "logprobs", "vocab": self.vocab, "chunk_size": chunk_size, **options}
         return self.call_head(target=target, loss=loss)
 
     def rows(self, mask):

@@ -69,13 +69,14 @@ class DeferringHead(Swapped):
             return super().forward(x, *args, **kwargs)
         options = dict(loss)
         op, vocab = options.pop("op"), options.pop("vocab")
+        chunk_size = options.pop("chunk_size", None)
         weight, bias = effective_weight(self)
         if weight is None:
             return _loss_of(op, super().forward(x)[..., :vocab], target, **options)
         if vocab != weight.shape[0]:
             weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         fused = getattr(functional, f"fused_linear_{op}")
-        return fused(weight, x, target, bias=bias, **options)
+        return fused(weight, x, target, chunk_size, bias=bias, **options)
 
 
 def _loss_of(

@@ -60,16 +60,15 @@ def without_logits(model: nn.Module, **inputs: Any) -> Any:
         return model(**inputs, use_cache=False)
 
 
-def tokens_of(
-    logits: Any, labels: Tensor, *, more: bool = True, temperature: float = 1.0
-) -> Tokens:
+def tokens_of(logits: Any, labels: Tensor, *, more: bool = True, **options: Any) -> Tokens:
     """Look up the log-probability of each label, (B, T), and with `more` entropies and hits.
 
     Rows without a label cost nothing; to find them is to wait for the device, as TRL's own do.
+    Options are a temperature, and the chunk_size of `fused_linear_logprobs`.
     """
     counts = labels != IGNORED
     y = labels[counts]
-    of_rows = _logprobs(_rows(logits, counts), y, temperature=temperature, entropy=more, top1=more)
+    of_rows = _logprobs(_rows(logits, counts), y, entropy=more, top1=more, **options)
 
     def placed(x: Tensor) -> Tensor:
         # Also with no row at all this hangs on the graph: a batch of nothing has a gradient, 0.
@@ -85,9 +84,9 @@ def _rows(logits: Any, mask: Tensor) -> Any:
     return logits.rows(mask) if isinstance(logits, Deferred) else logits[mask]
 
 
-def _logprobs(logits: Any, y: Tensor, **options: Any) -> Any:
+def _logprobs(logits: Any, y: Tensor, chunk_size: int | None = None, **options: Any) -> Any:
     if isinstance(logits, Deferred):
-        return logits.logprobs(y, **options)
+        return logits.logprobs(y, chunk_size=chunk_size, **options)
     return functional.logprobs(logits, y, **options)
 
 
@@ -104,10 +103,12 @@ class Patched:
 
     Attributes:
         ops: what `apply` may use; None: all.
-        reports: what it did, model by model.
+        chunk_size: of `fused_linear_logprobs`: fewer rows of logits at once take less memory.
+        reports: what `apply` did, model by model.
     """
 
     ops: Collection[str] | None = None
+    chunk_size: int | None = None
     model: Any
     args: Any
     accelerator: Any
@@ -204,7 +205,7 @@ class SFTLoss(Patched):
         if not self.token_metrics and not is_dft:
             counts = y != IGNORED
             return F.cross_entropy(_rows(logits, counts), y[counts], reduction="sum"), counts.sum()
-        tokens = tokens_of(logits, y, more=self.token_metrics)
+        tokens = tokens_of(logits, y, more=self.token_metrics, chunk_size=self.chunk_size)
         losses = -tokens.logps
         if is_dft:
             losses = losses * tokens.logps.detach().exp()
@@ -238,7 +239,7 @@ class DPOLoss(Patched):
         of_model = {k: v for k, v in inputs.items() if k not in ours}
         outputs = self._forward(model, of_model)
         logits = outputs.logits[:, -completion.shape[1] : -1]
-        tokens = tokens_of(logits, labels)
+        tokens = tokens_of(logits, labels, chunk_size=self.chunk_size)
         pairs, lengths = len(labels) // 2, completion.sum(-1).clamp(min=1)
         loss, metrics = preference.dpo_loss(
             *self._of_sequences(tokens).split(pairs),
@@ -277,8 +278,8 @@ class DPOLoss(Patched):
         # Within it the head is called too: what it multiplies by is asked for only then.
         with torch.no_grad(), adapters_off:
             logits = without_logits(model, **of_model).logits[:, -labels.shape[1] - 1 : -1]
-            logps = self._of_sequences(tokens_of(logits, labels, more=False))
-        return logps.split(len(labels) // 2)
+            tokens = tokens_of(logits, labels, more=False, chunk_size=self.chunk_size)
+        return self._of_sequences(tokens).split(len(labels) // 2)
 
     def _as_reference(self) -> contextlib.AbstractContextManager:
         """Of adapters the reference is the model without them, or those that came with it."""
@@ -291,7 +292,9 @@ class DPOLoss(Patched):
     def _weights(self, logits: Any, labels: Tensor, tokens: Tokens) -> Tensor:
         """How likely the model itself is to write each pair (WPO)."""
         of_rows, y = _rows(logits, tokens.counts), labels[tokens.counts]
-        lse, of_squares = (_logprobs(of_rows, y, temperature=t, lse=True).lse for t in (1.0, 0.5))
+        lse, of_squares = (
+            _logprobs(of_rows, y, self.chunk_size, temperature=t, lse=True).lse for t in (1.0, 0.5)
+        )
         log_sum_sq = torch.zeros_like(tokens.logps).masked_scatter(
             tokens.counts, of_squares - 2 * lse
         )
@@ -351,7 +354,7 @@ class GRPOLoss(Patched):
             outputs = self._forward(model, of_model)
         logits = outputs.logits[:, -answers.shape[1] - 1 : -1]
         labels = answers.masked_fill(mask == 0, IGNORED)
-        tokens = tokens_of(logits, labels, temperature=self.temperature)
+        tokens = tokens_of(logits, labels, temperature=self.temperature, chunk_size=self.chunk_size)
         loss, metrics = preference.grpo_loss(
             tokens.logps,
             inputs["advantages"],
