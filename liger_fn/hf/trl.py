@@ -330,7 +330,7 @@ class GRPOLoss(Patched):
 
     Images, and a bonus for entropy, are left to TRL. So are the log-probabilities of answers that
     are kept for later updates and those of the reference, which TRL takes when it writes the
-    answers.
+    answers. Over several processes a metric is the mean of theirs; the extremes of clipping too.
     """
 
     def compute_loss(
