@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +57,8 @@ class Circumstances(NamedTuple):
 
     @classmethod
     def now(cls, head: nn.Module | None, hidden: torch.Tensor) -> Circumstances:
-        parameters = () if head is None or torch.compiler.is_compiling() else head.parameters()
-        versions = tuple((p, p._version) for p in parameters if not p.is_inference())
+        kept = () if head is None or torch.compiler.is_compiling() else _parameters(head)
+        versions = tuple([(p, p._version) for p in kept if not p.is_inference()])
         device = hidden.device.type
         return cls(torch.is_grad_enabled(), device, autocast_dtype(device), versions)
 
@@ -66,6 +66,13 @@ class Circumstances(NamedTuple):
         if autocast_dtype(self.device) == self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
+
+
+def _parameters(module: nn.Module) -> Collection[torch.Tensor]:
+    """All parameters; `module.parameters()` takes several times as long where there are few."""
+    if module._modules:
+        return list(module.parameters())
+    return [p for p in module._parameters.values() if p is not None]
 
 
 class Lazy:
@@ -155,9 +162,16 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
         self.shape = torch.Size((*hidden.shape[:-1], vocab))
         self.value, self.version, self.has_graph = None, 0, False
 
-    def _with(self, **changes):
-        kept = ("hidden", "vocab", "scale", "cap", "dtype", "born")
-        return Deferred(self.head, **{**{name: getattr(self, name) for name in kept}, **changes})
+    def _with(self, hidden=None, vocab=None, scale=None, cap=None, dtype=None):
+        return Deferred(
+            self.head,
+            self.hidden if hidden is None else hidden,
+            self.vocab if vocab is None else vocab,
+            self.scale if scale is None else scale,
+            self.cap if cap is None else cap,
+            dtype or self.dtype,
+            self.born,
+        )
 
     # What can be known without computing anything.
 
@@ -166,7 +180,7 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
 
     @property
     def requires_grad(self):
-        weights = () if self.head is None else self.head.parameters()
+        weights = () if self.head is None else _parameters(self.head)
         return self.born.grad and any(t.requires_grad for t in (self.hidden, *weights))
 
     def size(self, dim=None):
@@ -319,11 +333,13 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
     def _head_has_changed(self):
         # Sharded and gathered parameters are other objects with the same numbers; those of
         # torch.func.functional_call are no nn.Parameter, and have other numbers.
-        now = set(map(id, self.head.parameters()))
         return any(
-            p._version != version or not (id(p) in now or isinstance(p, nn.Parameter))
+            p._version != version or not (isinstance(p, nn.Parameter) or self._head_has(p))
             for p, version in self.born.versions
         )
+
+    def _head_has(self, p):
+        return any(p is known for known in self.head.parameters())
 
     def materialize(self) -> torch.Tensor:
         """Compute the logits; once, unless that was without a graph and one is wanted now."""

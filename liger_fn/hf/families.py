@@ -380,21 +380,22 @@ def _norm_forward(norm, family, names, eps, options, any_dtype):
     autocasts = _calls_torch_s_norm(norm)
     is_torch_s_own = norm.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
     is_written = isinstance(eps, float)
+    op, offset = family.op, family.offset
 
     def forward(self, x):
-        parameters, dtype = {}, x.dtype
-        for name in names:
-            parameters[name] = getattr(self, name)
-            if parameters[name].dtype != dtype and not any_dtype:
-                return type(self).forward(self, x)
         # Autocast makes float32 of what torch's norms get; what is float32 already stays so.
-        may_change = autocasts and not (is_torch_s_own and dtype == F32)
+        may_change = autocasts and not (is_torch_s_own and x.dtype == F32)
         if may_change and autocast_dtype(x.device.type) is not None:
             return type(self).forward(self, x)
-        if family.offset:
-            parameters["weight"] = parameters["weight"] + family.offset
+        parameters = {}
+        for name in names:
+            parameters[name] = p = getattr(self, name)
+            if not any_dtype and p.dtype != x.dtype:
+                return type(self).forward(self, x)
+        if offset:
+            parameters["weight"] = parameters["weight"] + offset
         epsilon = eps if is_written else getattr(self, eps)
-        return family(x, **parameters, eps=epsilon, **options)
+        return getattr(functional, op)(x, **parameters, eps=epsilon, **options)
 
     return forward
 

@@ -102,12 +102,20 @@ def deferring(head: Any, mode: str) -> Iterator[None]:
 
     Of several threads that compute a loss with one model at a time, one gets it, the others logits.
     """
-    head._liger_loss = (mode, 0 if torch.compiler.is_compiling() else threading.get_ident())
+    _set_loss(head, (mode, 0 if torch.compiler.is_compiling() else threading.get_ident()))
     try:
         yield
     finally:
         if _computes_a_loss(head):
-            head._liger_loss = None
+            _set_loss(head, None)
+
+
+def _set_loss(head: Any, loss: tuple[str, int] | None) -> None:
+    # Setting an attribute of a module is slow; Dynamo takes it for nothing else.
+    if torch.compiler.is_compiling():
+        head._liger_loss = loss
+    else:
+        head.__dict__["_liger_loss"] = loss
 
 
 def deferring_head(wrapped: nn.Module) -> nn.Module | None:

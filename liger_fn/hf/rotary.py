@@ -60,20 +60,44 @@ class Form:
 
     def __call__(self, layout: str, cos: torch.Tensor, sin: torch.Tensor, *xs: Any) -> Any:
         """Rotate one or two tensors; return what the original function returns."""
-        options, rotated = self.options, self.rotated(cos)
-        interleaved = "interleaved" in options
-        if self.angles != ("pairs" if interleaved else "halves"):
+        rotated = cos.shape[-1] * self.features
+        if self.is_adapted or (self.promotes and cos.dtype != xs[0].dtype):
+            cos, sin, *xs = self._adapted(rotated, cos, sin, *xs)
+        q, k = xs if len(xs) == 2 else (*xs, None)
+        return functional.rope(
+            q, k, cos, sin, rotary_dim=rotated, interleaved=self.is_interleaved, layout=layout
+        )
+
+    def _adapted(self, rotated: int, cos: torch.Tensor, sin: torch.Tensor, *xs: Any) -> tuple:
+        """Turn the arguments into those of the op."""
+        if self.has_other_angles:
             cos, sin = (ANGLES[self.angles][1](c) for c in (cos, sin))
-        if "backwards" in options:
+        if "backwards" in self.options:
             sin = -sin
         if self.promotes:
             xs = tuple(x.to(torch.promote_types(x.dtype, cos.dtype)) for x in xs)
-        if "weave" in options:
+        if "weave" in self.options:
             xs = tuple(_halves_apart(x, rotated) for x in xs)
-        q, k = xs if len(xs) == 2 else (*xs, None)
-        return functional.rope(
-            q, k, cos, sin, rotary_dim=rotated, interleaved=interleaved, layout=layout
-        )
+        return cos, sin, *xs
+
+    # Asked in every layer, hence kept.
+
+    @functools.cached_property
+    def features(self) -> int:
+        """How many features of a head an entry of cos rotates."""
+        return 2 if self.angles == "once" else 1
+
+    @functools.cached_property
+    def is_interleaved(self) -> bool:
+        return "interleaved" in self.options
+
+    @functools.cached_property
+    def has_other_angles(self) -> bool:
+        return self.angles != ("pairs" if self.is_interleaved else "halves")
+
+    @functools.cached_property
+    def is_adapted(self) -> bool:
+        return self.has_other_angles or "backwards" in self.options or "weave" in self.options
 
     def original(self, function: Callable, cos: Any, sin: Any, *xs: Any, **extra: Any) -> Any:
         """Call the rotary function with its arguments in its order."""
@@ -81,10 +105,6 @@ class Form:
             return function(*xs, torch.complex(cos.float(), sin.float()), **extra)
         angles = (sin, cos) if self.takes == ONE_SIN_FIRST else (cos, sin)
         return function(*xs, *angles, **extra)
-
-    def rotated(self, cos: torch.Tensor) -> int:
-        """How many features of a head are rotated."""
-        return cos.shape[-1] * (2 if self.angles == "once" else 1)
 
 
 @dataclass(frozen=True)
@@ -109,12 +129,12 @@ class Domain:
         # Learned angles: the op gives them no gradient.
         if len(size) != 3 or sin.shape != size or cos.requires_grad or sin.requires_grad:
             return None
-        batch, tokens, _ = size
-        rotated, dtype, width = self.form.rotated(cos), xs[0].dtype, xs[0].shape[-1]
+        batch, tokens, angles = size
+        rotated, dtype, width = angles * self.form.features, xs[0].dtype, xs[0].shape[-1]
         layout = self.calls.get((unsqueeze_dim, rotated < width, cos.dtype != dtype))
         if layout is None or rotated > width:
             return None
-        at = layout.index("t")
+        at = 1 if layout == "bthc" else 2
         for x in xs:
             if x is None:
                 return None
@@ -159,38 +179,36 @@ def prove_rotary(function: Callable) -> Domain:
 
 def guarded(function: Callable, domain: Domain) -> Callable:
     """Write the replacement: the op for the calls that were proved, the original for all others."""
-    default = _default_axis(function)
+    default, layout_of, form = _default_axis(function), domain.layout, domain.form
 
     def axis_of(args, kwargs):
-        if not args and not kwargs:
-            return default
         known = not args and all(v is None for k, v in kwargs.items() if k != "unsqueeze_dim")
         return kwargs.get("unsqueeze_dim", default) if known else "unknown"
 
     def rotate(x, cos=None, sin=None, *args, **kwargs):
-        layout = domain.layout(axis_of(args, kwargs), cos, sin, x)
+        layout = layout_of(axis_of(args, kwargs) if args or kwargs else default, cos, sin, x)
         if layout is None:
             return function(x, cos, sin, *args, **kwargs)
-        return domain.form(layout, cos, sin, x)
+        return form(layout, cos, sin, x)
 
     def rotate_both(q, k=None, cos=None, sin=None, *args, **kwargs):
-        layout = domain.layout(axis_of(args, kwargs), cos, sin, q, k)
+        layout = layout_of(axis_of(args, kwargs) if args or kwargs else default, cos, sin, q, k)
         if layout is None:
             return function(q, k, cos, sin, *args, **kwargs)
-        return domain.form(layout, cos, sin, q, k)
+        return form(layout, cos, sin, q, k)
 
     def rotate_sin_first(tensor, sin=None, cos=None, *args, **kwargs):
-        layout = domain.layout(axis_of(args, kwargs), cos, sin, tensor)
+        layout = layout_of(axis_of(args, kwargs) if args or kwargs else default, cos, sin, tensor)
         if layout is None:
             return function(tensor, sin, cos, *args, **kwargs)
-        return domain.form(layout, cos, sin, tensor)
+        return form(layout, cos, sin, tensor)
 
     def rotate_complex(xq, xk, freqs_cis, *args, **kwargs):
         cos, sin = (freqs_cis.real, freqs_cis.imag) if freqs_cis.is_complex() else (None, None)
-        layout = domain.layout(axis_of(args, kwargs), cos, sin, xq, xk)
+        layout = layout_of(axis_of(args, kwargs) if args or kwargs else default, cos, sin, xq, xk)
         if layout is None:
             return function(xq, xk, freqs_cis, *args, **kwargs)
-        return domain.form(layout, cos, sin, xq, xk)
+        return form(layout, cos, sin, xq, xk)
 
     replacements = {
         ONE: rotate, ONE_SIN_FIRST: rotate_sin_first,
