@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import operator
 import pickle
@@ -246,9 +247,14 @@ def test_a_look_without_a_graph_does_not_cut_the_graph(head, hidden):
     assert head.weight.grad is not None
 
 
+def of_a_library_that_shards(hook):
+    hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    return hook
+
+
 def test_the_logits_are_computed_once(head, hidden):
     calls = []
-    head.register_forward_hook(lambda *_: calls.append(1))
+    head.register_forward_hook(of_a_library_that_shards(lambda *_: calls.append(1)))
     _, lazy = real_and_deferred(head, hidden)
     calls.clear()
     lazy.sum()
@@ -259,12 +265,39 @@ def test_the_logits_are_computed_once(head, hidden):
 def test_the_op_runs_inside_the_head_s_hooks(head, hidden, target):
     events = []
     head.register_forward_pre_hook(lambda *_: events.append("before"))
-    head.register_forward_hook(lambda *_: events.append("after"))
+    head.register_forward_hook(of_a_library_that_shards(lambda *_: events.append("after")))
     with deferring(head, FUSED):
         lazy = head(hidden)
     assert not events
     F.cross_entropy(lazy.view(-1, VOCAB), target)
     assert events == ["before", "after"]
+
+
+class Watcher:
+    def __call__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda *_: None, functools.partial(lambda *_: None), Watcher(), Watcher().__call__],
+    ids=["function", "partial", "object", "method"],
+)
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_a_hook_of_a_stranger_gets_real_logits(head, hidden, hook, register):
+    getattr(head, f"register_{register}")(hook)
+    with deferring(head, FUSED):
+        assert type(head(hidden)) is torch.Tensor
+
+
+def test_a_hook_before_the_head_stays_before_it(head, hidden, target, fused):
+    head.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    real, lazy = real_and_deferred(head, hidden)
+    loss = F.cross_entropy(lazy.view(-1, VOCAB), target)
+    torch.testing.assert_close(loss, F.cross_entropy(real.view(-1, VOCAB), target))
+    assert len(fused) == 1
 
 
 # What users do with `outputs.logits`.

@@ -516,6 +516,7 @@ def gather_only_inside(module):
         for name in whole:
             module._parameters[name].data = torch.empty(0)
 
+    release.__module__ = "deepspeed.runtime.zero.parameter_offload"
     module.register_forward_pre_hook(gather)
     module.register_forward_hook(release)
     release()

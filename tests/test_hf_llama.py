@@ -579,6 +579,15 @@ def test_a_head_that_is_wrapped_later_gets_real_logits(model, inputs, calls):
     assert (doubled.loss - expected).abs() > 1e-3
 
 
+def test_a_hook_that_changes_the_logits(model, inputs, calls):
+    model.lm_head.register_forward_hook(lambda module, arguments, logits: 2 * logits)
+    expected = loss_and_gradients(model, inputs)
+    apply(model)
+    assert_same(loss_and_gradients(model, inputs), expected)
+    assert type(model(**inputs).logits) is torch.Tensor
+    assert calls["fused_linear_cross_entropy"] == 0
+
+
 def test_a_head_that_is_empty_in_its_own_forward(model, inputs):
     apply(model)
     model.lm_head.weight.data = torch.empty(0)

@@ -28,6 +28,8 @@ from liger_fn.hf.deferred import Deferred, DeferredSum, real_values
 from liger_fn.hf.probe import Rejected, check_own, is_own, slot_of
 
 FUSED, PLAIN = "fused_linear_cross_entropy", "cross_entropy"
+# Whose hooks care for the weights of a module and not for what it returns.
+SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed", "accelerate")
 
 
 class Swapped:
@@ -62,6 +64,8 @@ class DeferringHead(Swapped):
         if self._liger_loss[0] == PLAIN:
             logits = nn.Module.__call__(self, x)
             return Deferred(None, logits, logits.shape[-1])
+        if _is_watched(self):
+            return nn.Module.__call__(self, x)
         return Deferred(self, x, _width(self))
 
     def forward(self, x, *args, target=None, loss=None, **kwargs):
@@ -77,6 +81,20 @@ class DeferringHead(Swapped):
             weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         fused = getattr(functional, f"fused_linear_{op}")
         return fused(weight, x, target, chunk_size, bias=bias, **options)
+
+
+def _is_watched(head: nn.Module) -> bool:
+    """Say whether somebody's hooks read or change the logits, who would get a loss instead."""
+    watched = (head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return any(
+        not _module_of(hook).startswith(SHARDING) for hooks in watched for hook in hooks.values()
+    )
+
+
+def _module_of(hook: Any) -> str:
+    # A partial does not say where its function is from.
+    hook = getattr(hook, "func", hook)
+    return getattr(hook, "__module__", None) or type(hook).__module__
 
 
 def _loss_of(
