@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 
 import pytest
@@ -36,6 +35,7 @@ def run(rank, backend, store):
         with using("kernels" if backend == "nccl" else "reference"):
             ddp(rank, device)
             fsdp2(rank, device)
+            experts(rank, device)
         torch.distributed.barrier()
     finally:
         # Models in reference cycles keep gloo's groups, whose threads must not outlive the process.
@@ -53,9 +53,8 @@ def batches(device):
     return [{name: value.to(device) for name, value in batch.items()} for batch in drawn]
 
 
-def mean_gradients(tie, device):
-    """Loss and gradients of the mean of the two batches, on one process, untouched."""
-    model = small(tie, device)
+def mean_gradients(model, device):
+    """Gradients of the mean of the two batches, on one process, of an untouched model."""
     loss = sum(model(**batch).loss for batch in batches(device)) / 2
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -67,42 +66,63 @@ def ddp(rank, device):
         apply(model)
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
         wrapped(**batches(device)[rank]).loss.backward()
-        check_gradients(model, tie, device)
+        check_gradients(model, mean_gradients(small(tie, device), device), device)
+
+
+def experts(rank, device):
+    """Of a mixture each process has all experts, whole while a layer computes."""
+    for is_sharded in (False, True):
+        model = mixture(device)
+        assert apply(model).replaced()["fused_moe"] == 1
+        wrapped = model
+        if is_sharded:
+            sharded(model, device)
+        else:
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        with count("fused_moe") as calls:
+            wrapped(**batches(device)[rank]).loss.backward()
+        assert len(calls) == 1
+        check_gradients(model, mean_gradients(mixture(device), device), device)
+
+
+def mixture(device):
+    return tiny_model("mixtral", num_hidden_layers=1).train().to(device)
+
+
+def sharded(model, device, tie=False):
+    """Shard a model over both processes, each layer and an untied head by itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # Left to itself FSDP takes the GPU where there is one, and gloo does not serve it.
+    mesh = init_device_mesh(device.type, (2,))
+    for part in (*model.model.layers, *([] if tie else [model.lm_head]), model):
+        fully_shard(part, mesh=mesh)
 
 
 def fsdp2(rank, device):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard as shard
-
-    # Left to itself FSDP takes the GPU where there is one, and gloo does not serve it.
-    fully_shard = functools.partial(shard, mesh=init_device_mesh(device.type, (2,)))
-
     for tie, first in ((False, "apply"), (False, "shard"), (True, "apply")):
+        expected = mean_gradients(small(tie, device), device)
         model = small(tie, device)
         if first == "apply":
             report = apply(model)
-        for layer in model.model.layers:
-            fully_shard(layer)
-        if not tie:
-            fully_shard(model.lm_head)
-        fully_shard(model)
+        sharded(model, device, tie)
         if first == "shard":
             report = apply(model)
         assert report.replaced()["fused_linear_cross_entropy"] == 1
-        with count_fused() as calls:
+        with count("fused_linear_cross_entropy") as calls:
             model(**batches(device)[rank]).loss.backward()
         assert len(calls) == 1
-        check_gradients(model, tie, device)
+        check_gradients(model, expected, device)
         report.undo()
         model.zero_grad()
-        with count_fused() as calls:
+        with count("fused_linear_cross_entropy") as calls:
             model(**batches(device)[rank]).loss.backward()
         assert not calls
-        check_gradients(model, tie, device)
+        check_gradients(model, expected, device)
 
 
-def check_gradients(model, tie, device):
-    expected = mean_gradients(tie, device)
+def check_gradients(model, expected, device):
     # The kernels sum in another order than PyTorch does.
     rtol, atol = (1e-3, 1e-5) if device.type == "cuda" else (1e-4, 1e-6)
     for name, p in model.named_parameters():
@@ -111,11 +131,11 @@ def check_gradients(model, tie, device):
 
 
 @contextlib.contextmanager
-def count_fused():
+def count(name):
     calls = []
-    op = functional.fused_linear_cross_entropy
-    functional.fused_linear_cross_entropy = lambda *a, **k: calls.append(k) or op(*a, **k)
+    op = getattr(functional, name)
+    setattr(functional, name, lambda *a, **k: calls.append(k) or op(*a, **k))
     try:
         yield calls
     finally:
-        functional.fused_linear_cross_entropy = op
+        setattr(functional, name, op)

@@ -180,6 +180,69 @@ def test_offloading_hooks(model, inputs, fused, order):
 
 
 @needs_accelerate
+def test_weights_on_disk(model, inputs, fused, tmp_path):
+    """The model is empty but for what is being computed."""
+    from accelerate import disk_offload
+
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        assert model.lm_head.weight.is_meta
+        report = apply(model)
+        assert sum(report.replaced().values()) == 9
+        torch.testing.assert_close(model(**inputs).logits, expected.logits)
+        assert not fused
+        found = model(**inputs, skip_logits=True)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert len(fused) == 1
+        report.undo()
+        torch.testing.assert_close(model(**inputs).logits, expected.logits)
+
+
+@needs_accelerate
+def test_a_model_that_is_loaded_by_a_device_map(model, inputs, fused, tmp_path):
+    model.save_pretrained(tmp_path)
+    expected = model.eval()(**inputs).loss
+    loaded = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert sum(apply(loaded).replaced().values()) == 9
+    torch.testing.assert_close(loaded(**inputs, skip_logits=True).loss, expected)
+    assert len(fused) == 1
+
+
+# quantised layers
+
+
+class Int8Linear(nn.Linear):
+    """As quantisers make it: a linear layer by name and sizes, with another weight."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, False, device="meta")
+        scale = linear.weight.detach().abs().max() / 127
+        quantised = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(quantised, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def test_quantised_layers_keep_their_forward(model, inputs, fused):
+    """Around them the ops go in; a quantised head is left alone, and said so."""
+    for layer in model.model.layers:
+        for owner, name in ((layer.self_attn, "q_proj"), (layer.mlp, "gate_proj")):
+            setattr(owner, name, Int8Linear(getattr(owner, name)))
+    model.lm_head = Int8Linear(model.lm_head)
+    expected = loss_and_gradients(model, inputs)
+    report = apply(model)
+    assert report.replaced() == {"rms_norm": 5, "swiglu": 2, "rope": 1}
+    assert "its output head (Int8Linear) is not a plain linear layer" in str(report)
+    assert type(model.lm_head) is type(model.model.layers[0].mlp.gate_proj) is Int8Linear
+    assert_same(loss_and_gradients(model, inputs), expected)
+    assert not fused
+
+
+@needs_accelerate
 def test_a_model_whose_forward_does_not_say_what_it_wraps_keeps_its_loss(model):
     model.forward = MethodType(lambda self, *a, **k: type(self).forward(self, *a, **k), model)
     report = apply(model)

@@ -399,7 +399,7 @@ class ExpertsThatAreShared(MixtralExperts):
 )
 def test_what_looks_like_experts(cls):
     experts = experts_of(tiny_model("mixtral"))
-    # Dispatch would be the class's own; the loops of the subclasses call it.
+    # What the subclasses call dispatches by the configuration: to the loop, here.
     experts.config._experts_implementation = "eager"
     assert prove(EXPERTS, experts).candidate.op == "fused_moe"
     experts.__class__ = cls
