@@ -54,6 +54,14 @@ def _mask_offset(row, H, T, stride_b, stride_h, stride_t):
 
 
 @triton.jit
+def _seen(row, col, D, inside, CAUSAL: tl.constexpr):
+    """Give which elements a row looks at: all inside, of a causal one none past the diagonal."""
+    if CAUSAL:
+        inside &= col <= row % D
+    return inside
+
+
+@triton.jit
 def _load_logits(
     x_ptr, mask_ptr, col, mask_stride_d, inside,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr,
@@ -70,22 +78,23 @@ def _load_logits(
 def _softmax_fwd_kernel(
     x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D, N,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, LOWEST: tl.constexpr,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWEST: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)[None, :]
     inside = (row < N)[:, None] & (col < D)
+    seen = _seen(row[:, None], col, D, inside, CAUSAL)
     x_ptr += row[:, None] * x_stride_n
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)[:, None]
-    z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, inside, SCALE, HAS_MASK, COMPUTE)
+    z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, seen, SCALE, HAS_MASK, COMPUTE)
 
     # Not below the lowest number: the sum over a row of −∞ is then 0, and y 0/0, NaN.
     top = tl.maximum(tl.max(z, axis=1), LOWEST)
     e = tl.exp(z - top[:, None])
     total = tl.sum(e, axis=1)
-    if HAS_MASK:
+    if HAS_MASK or CAUSAL:
         total = tl.where(total == 0.0, 1.0, total)
 
     tl.store(y_ptr + row[:, None] * D + col, e * (1.0 / total)[:, None], mask=inside)
@@ -97,11 +106,12 @@ def _softmax_fwd_kernel(
 def _softmax_fwd_wide_kernel(
     x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, LOWEST: tl.constexpr,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWEST: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_D)
+    width = (row % D).to(tl.int32) + 1 if CAUSAL else D
     x_ptr += row * x_stride_n
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
@@ -110,16 +120,16 @@ def _softmax_fwd_wide_kernel(
     # waits for another before the end of the row.
     tops = tl.full((BLOCK_D,), LOWEST, COMPUTE)
     sums = tl.zeros((BLOCK_D,), COMPUTE)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, width, BLOCK_D):
         col = start + block
-        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
         e = tl.exp(-tl.abs(z - tops))
         sums = tl.where(z > tops, sums * e + 1.0, sums + e)
         tops = tl.maximum(tops, z)
 
     top = tl.max(tops, axis=0)
     total = tl.sum(sums * tl.exp(tops - top), axis=0)
-    if HAS_MASK:
+    if HAS_MASK or CAUSAL:
         total = tl.where(total == 0.0, 1.0, total)
     tl.store(top_ptr + row, top)
     tl.store(total_ptr + row, total)
@@ -128,7 +138,7 @@ def _softmax_fwd_wide_kernel(
     last = (D - 1) // BLOCK_D * BLOCK_D
     for step in range(0, D, BLOCK_D):
         col = last - step + block
-        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
         y = tl.exp(z - top) * over
         # Streaming, so that y drives no x out of the cache that is still to be read again.
         tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
@@ -149,11 +159,13 @@ def _softmax_fwd_config(D: int) -> dict:
 
 
 @functools.lru_cache(MOST)
-def _softmax_fwd_with(D: int, scale: float, has_mask: bool, dtype: torch.dtype) -> Bound:
+def _softmax_fwd_with(
+    D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
+) -> Bound:
     config, compute = _softmax_fwd_config(D), accumulator(dtype)
     return Bound(
         _softmax_fwd_kernel if "BLOCK_N" in config else _softmax_fwd_wide_kernel,
-        SCALE=scale, HAS_MASK=has_mask, LOWEST=torch.finfo(compute).min,
+        SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal, LOWEST=torch.finfo(compute).min,
         COMPUTE=triton_dtype(compute), **config,
     )  # fmt: skip
 
@@ -168,6 +180,17 @@ def _launch(kernel: Bound, N: int, *args: Any) -> None:
 
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, mask, scale, causal=False)
+
+
+def causal_softmax_fwd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of square x (..., D, D), of which row i sees columns 0 to i; no mask is read."""
+    return _forward(x, None, 1.0, causal=True)
+
+
+def _forward(
+    x: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     y = dense_like(x)
     top = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     total = torch.empty_like(top)
@@ -176,7 +199,7 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, T
         x = as_rows(x)
         N, D = x.shape
         mask, (H, T), mask_strides = _rows_of_mask(mask)
-        kernel = _softmax_fwd_with(D, scale, mask is not None, x.dtype)
+        kernel = _softmax_fwd_with(D, scale, mask is not None, causal, x.dtype)
         _launch(kernel, N, x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D)
     return y, top, total
 
@@ -207,17 +230,18 @@ def _softmax_bwd_kernel(
     x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n,
     H, T, D, N,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)[None, :]
     inside = (row < N)[:, None] & (col < D)
+    seen = _seen(row[:, None], col, D, inside, CAUSAL)
     x_ptr += row[:, None] * x_stride_n
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)[:, None]
-    z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, inside, SCALE, HAS_MASK, COMPUTE)
-    dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col, mask=inside, other=0.0).to(COMPUTE)
+    z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, seen, SCALE, HAS_MASK, COMPUTE)
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col, mask=seen, other=0.0).to(COMPUTE)
     top = tl.load(top_ptr + row, mask=row < N, other=0.0)
     total = tl.load(total_ptr + row, mask=row < N, other=1.0)
 
@@ -232,10 +256,12 @@ def _softmax_bwd_kernel(
 def _softmax_bwd_wide_kernel(
     x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n, H, T, D,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_D)
+    width = (row % D).to(tl.int32) + 1 if CAUSAL else D
     x_ptr += row * x_stride_n
     dy_ptr += row * dy_stride_n
     if HAS_MASK:
@@ -244,10 +270,10 @@ def _softmax_bwd_wide_kernel(
     over = 1.0 / tl.load(total_ptr + row)
 
     dots = tl.zeros((BLOCK_D,), COMPUTE)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, width, BLOCK_D):
         col = start + block
-        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
-        dy = tl.load(dy_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
+        dy = tl.load(dy_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
         dots += dy * (tl.exp(z - top) * over)
 
     dot = tl.sum(dots, axis=0)
@@ -255,8 +281,8 @@ def _softmax_bwd_wide_kernel(
     last = (D - 1) // BLOCK_D * BLOCK_D
     for step in range(0, D, BLOCK_D):
         col = last - step + block
-        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < D, SCALE, HAS_MASK, COMPUTE)
-        dy = tl.load(dy_ptr + col, mask=col < D, other=0.0).to(COMPUTE)
+        z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
+        dy = tl.load(dy_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
         dx = tl.exp(z - top) * over * (dy - dot) * SCALE
         tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
 
@@ -271,11 +297,14 @@ def _softmax_bwd_config(D: int) -> dict:
 
 
 @functools.lru_cache(MOST)
-def _softmax_bwd_with(D: int, scale: float, has_mask: bool, dtype: torch.dtype) -> Bound:
+def _softmax_bwd_with(
+    D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
+) -> Bound:
     config = _softmax_bwd_config(D)
     return Bound(
         _softmax_bwd_kernel if "BLOCK_N" in config else _softmax_bwd_wide_kernel,
-        SCALE=scale, HAS_MASK=has_mask, COMPUTE=triton_dtype(accumulator(dtype)), **config,
+        SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal,
+        COMPUTE=triton_dtype(accumulator(dtype)), **config,
     )  # fmt: skip
 
 
@@ -287,6 +316,23 @@ def softmax_bwd(
     dy: Tensor,
     scale: float,
 ) -> tuple[Tensor]:
+    return _backward(x, mask, top, total, dy, scale, causal=False)
+
+
+def causal_softmax_bwd(x: Tensor, top: Tensor, total: Tensor, dy: Tensor) -> tuple[Tensor]:
+    """The same of square x; dy past the diagonal is not read."""
+    return _backward(x, None, top, total, dy, 1.0, causal=True)
+
+
+def _backward(
+    x: Tensor,
+    mask: Tensor | None,
+    top: Tensor,
+    total: Tensor,
+    dy: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor]:
     dx = dense_like(x)
 
     if has_work(dx):
@@ -294,7 +340,7 @@ def softmax_bwd(
         N, D = x.shape
         mask, (H, T), mask_strides = _rows_of_mask(mask)
         strides = x.stride(0), *mask_strides, dy.stride(0)
-        kernel = _softmax_bwd_with(D, scale, mask is not None, x.dtype)
+        kernel = _softmax_bwd_with(D, scale, mask is not None, causal, x.dtype)
         _launch(kernel, N, x, mask, top, total, dy, dx, *strides, H, T, D)
     return (dx,)
 

@@ -60,13 +60,16 @@ def _positive(gap, LEAST: tl.constexpr):
 @triton.jit
 def _sparsemax_fwd_kernel(
     x_ptr, y_ptr, x_stride_n, N, D,
-    LEAST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEAST: tl.constexpr, CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
     in_d = (col < D)[None, :]
     inside = (row < N)[:, None] & in_d
-    x = tl.load(x_ptr + row[:, None] * x_stride_n + col[None, :], mask=inside, other=0.0)
+    if CAUSAL:
+        in_d &= col[None, :] <= (row % D)[:, None]
+    x = tl.load(x_ptr + row[:, None] * x_stride_n + col[None, :], mask=inside & in_d, other=0.0)
     x = tl.where(in_d, x.to(COMPUTE), float("-inf"))
 
     # Relative to the maximum, so that what all have in common costs no digits.
@@ -92,15 +95,16 @@ def _sparsemax_fwd_kernel(
 @triton.jit
 def _sparsemax_fwd_wide_kernel(
     x_ptr, y_ptr, x_stride_n, D,
-    LEAST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEAST: tl.constexpr, CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    width = (row % D).to(tl.int32) + 1 if CAUSAL else D
     x_ptr += row * x_stride_n
     highest = tl.full((BLOCK_D,), float("-inf"), COMPUTE)
     broken = tl.zeros((BLOCK_D,), tl.int32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, width, BLOCK_D):
         col = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + col, mask=col < D, other=float("-inf")).to(COMPUTE)
+        x = tl.load(x_ptr + col, mask=col < width, other=float("-inf")).to(COMPUTE)
         broken |= (x != x).to(tl.int32)
         highest = tl.maximum(highest, x)
     top = tl.max(highest, axis=0)
@@ -112,9 +116,9 @@ def _sparsemax_fwd_wide_kernel(
     while changed > 0:
         count = tl.zeros((BLOCK_D,), tl.int32)
         total = tl.zeros((BLOCK_D,), COMPUTE)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             col = start + tl.arange(0, BLOCK_D)
-            x = tl.load(x_ptr + col, mask=col < D, other=float("-inf")).to(COMPUTE)
+            x = tl.load(x_ptr + col, mask=col < width, other=float("-inf")).to(COMPUTE)
             z = tl.where(broken_row, 0.0, x - top)
             above = z > tau
             count += above.to(tl.int32)
@@ -128,7 +132,7 @@ def _sparsemax_fwd_wide_kernel(
     tau = tl.where(broken_row, float("nan"), tau)
     for start in range(0, D, BLOCK_D):
         col = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + col, mask=col < D, other=float("-inf")).to(COMPUTE)
+        x = tl.load(x_ptr + col, mask=col < width, other=float("-inf")).to(COMPUTE)
         gap = (x - top) - tau
         tl.store(y_ptr + row * D + col, _positive(gap, LEAST), mask=col < D)
 
@@ -195,6 +199,15 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def sparsemax_fwd(x: Tensor) -> tuple[Tensor]:
+    return _forward(x, causal=False)
+
+
+def causal_sparsemax_fwd(x: Tensor) -> tuple[Tensor]:
+    """The same of square x (..., D, D), of which row i sees columns 0 to i."""
+    return _forward(x, causal=True)
+
+
+def _forward(x: Tensor, causal: bool) -> tuple[Tensor]:
     y = dense_like(x)
 
     if has_work(y):
@@ -205,13 +218,13 @@ def sparsemax_fwd(x: Tensor) -> tuple[Tensor]:
         if D > _WIDEST:
             launch(
                 _sparsemax_fwd_wide_kernel, (N,),
-                x, y, x.stride(0), D, **options,
+                x, y, x.stride(0), D, CAUSAL=causal, **options,
             )  # fmt: skip
         else:
             grid = (cdiv(N, options["BLOCK_N"]),)
             launch(
                 _sparsemax_fwd_kernel, grid,
-                x, y, x.stride(0), N, D, **options,
+                x, y, x.stride(0), N, D, CAUSAL=causal, **options,
             )  # fmt: skip
     return (y,)
 

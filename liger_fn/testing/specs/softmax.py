@@ -50,7 +50,8 @@ def as_torch(x, *, mask=None, scale=1.0):
 
 def compilation(id: str, kernel, config: dict, **flags) -> Compilation:
     """A kernel on bfloat16 tensors; sizes and strides fit 32 bits."""
-    constants = {"SCALE": 0.125, "HAS_MASK": False, "COMPUTE": tl.float32, **flags, **config}
+    constants = {"SCALE": 0.125, "HAS_MASK": False, "CAUSAL": False}
+    constants |= {"COMPUTE": tl.float32, **flags, **config}
     warps = constants.pop("num_warps")
     types = {"mask_ptr": "*u8", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]

@@ -37,6 +37,7 @@ def kernels() -> list[Compilation]:
             constants = {"COMPUTE": tl.float32, **room._sparsemax_config(D)}
             if passed == "fwd":
                 constants["LEAST"] = 0.0
+                constants["CAUSAL"] = False
             warps = constants.pop("num_warps")
             runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
             signature = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in runtime}
