@@ -311,6 +311,24 @@ def mhc_pre(
 def mhc_post(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """DeepseekV4DecoderLayer's, after its attention and after its experts."""
     return post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(-2) + torch.matmul(res.to(x.dtype), x)
+def multi_token_attention(
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int | str = 0,
+    groups: int = 1,
+    sparse: bool = False,
+) -> Tensor:
+    """The paper's formula; of causal padding with zeros before the first query, not after."""
+    T, (Q, K) = scores.shape[-1], weight.shape[-2:]
+    future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
+    z = scores.masked_fill(future, -torch.inf)
+    p = sparsemax(z).to(scores.dtype) if sparse else F.softmax(z, dim=-1)
+    if padding == "causal":
+        p, padding = F.pad(p, (K // 2, K // 2, Q - 1, 0)), 0
+    y = F.conv2d(p, weight, bias, padding=padding, groups=groups)
+    return y.masked_fill(future, 0.0)
 
 
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -331,6 +331,18 @@ class Liger(Provider):
 
         return call
 
+    def multi_token_attention(self):
+        from liger_kernel.transformers.functional import liger_multi_token_attention
+
+        def call(scores, weight, bias, *, padding=0, groups=1, sparse=False):
+            if padding == "causal":
+                raise NotImplementedError("pads queries on both sides alike")
+            return liger_multi_token_attention(
+                scores, weight, bias, padding=padding, groups=groups, sparse=sparse
+            )
+
+        return call
+
     def tvd(self):
         from liger_kernel.transformers.functional import liger_tvd
 

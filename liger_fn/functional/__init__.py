@@ -13,6 +13,7 @@ from liger_fn.functional.activation.relu_squared import relu_squared
 from liger_fn.functional.activation.softmax import softmax
 from liger_fn.functional.activation.sparsemax import sparsemax
 from liger_fn.functional.activation.swiglu import swiglu
+from liger_fn.functional.attention.multi_token_attention import multi_token_attention
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.embedding.embedding import embedding
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
@@ -76,6 +77,7 @@ __all__ = [
     "mhc_pre",
     "modulated_layer_norm",
     "modulated_rms_norm",
+    "multi_token_attention",
     "poly_norm",
     "relu_squared",
     "rms_norm",

@@ -5,6 +5,7 @@ purpose, so a checkpoint of the one loads into the other.
 """
 
 from liger_fn.nn.activation import ReLUSquared, Softmax, Sparsemax
+from liger_fn.nn.attention import MultiTokenAttention
 from liger_fn.nn.divergence import (
     FusedLinearJSDLoss,
     FusedLinearKLDivLoss,
@@ -60,6 +61,7 @@ __all__ = [
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",
+    "MultiTokenAttention",
     "PolyNorm",
     "RMSNorm",
     "ReLUSquared",

@@ -144,6 +144,7 @@ class OpSpec:
             beside it.
         autocast: whether autocast casts the differentiable inputs (of a float32 call) or leaves
             them alone; or the names of all that it casts.
+        symbolic: whether this PyTorch can trace the second derivative with symbolic sizes.
         launches: the configurations of its launches that can be swept.
         huge: a call whose `rows` pass 2^31 elements, with results by row, for GPUs that hold it.
     """
@@ -159,6 +160,7 @@ class OpSpec:
     errors: tuple[BadCall, ...] = ()
     kernels: Callable[[], Sequence[Compilation]] = tuple
     benchmarks: tuple[Benchmark, ...] = ()
+    symbolic: bool = True
     launches: tuple[Launch, ...] = ()
     autocast: bool | tuple[str, ...] = False
     huge: Case | None = None

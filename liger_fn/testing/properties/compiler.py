@@ -209,18 +209,25 @@ def _layout(call: Call) -> list:
     return [(t.shape, t.dtype, t.stride()) for t in (*outputs, *grads)]
 
 
+_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 @holds_for("cases")
 def opcheck(spec, case, device):
     """PyTorch's own checks of the dispatcher ops behind the call, forward and backward."""
     call = Call(spec, case, device, torch.float32)
     for op, values in dispatched(call):
         names = [a.name for a in op._schema.arguments]
+        # Of a backward op it traces the derivative: the second of the op itself.
+        symbolic = spec.symbolic or not op.__name__.endswith("_bwd.default")
+        traced = "test_aot_dispatch_dynamic" if symbolic else "test_aot_dispatch_static"
         torch.library.opcheck(
             op,
             tuple(
                 v.detach().requires_grad_() if _differentiable(n, v, call) else v
                 for n, v in zip(names, values, strict=True)
             ),
+            test_utils=(*_OPCHECKS, traced),
         )
 
 

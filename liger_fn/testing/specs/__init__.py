@@ -29,6 +29,7 @@ OPS = (
     "mhc_pre",
     "modulated_layer_norm",
     "modulated_rms_norm",
+    "multi_token_attention",
     "poly_norm",
     "relu_squared",
     "rms_norm",

@@ -1,0 +1,1 @@
+"""Attention: of several tokens at once, and of neighbourhoods."""
