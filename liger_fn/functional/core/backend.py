@@ -21,6 +21,7 @@ from liger_fn.functional.core.launch import TRITON_MISSING, interpreted
 
 BACKENDS = ("auto", "kernels", "interpret", "reference")
 _backend = "kernels" if interpreted() else "auto"
+_interpreting = interpreted()
 _current_device: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
 
 
@@ -34,6 +35,11 @@ def kernels_on(t: torch.Tensor) -> bool:
 def chosen() -> str:
     """Name the backend in force."""
     return _backend
+
+
+def interpreting() -> bool:
+    """Say whether a kernel that is launched now is interpreted."""
+    return _interpreting
 
 
 def why(device: torch.device) -> tuple[str, str]:
@@ -95,6 +101,7 @@ def _interpreter() -> Iterator[None]:
 
     Not thread safe: it redirects Triton's `JITFunction` for the whole process while it lasts.
     """
+    global _interpreting
     if interpreted():
         yield
         return
@@ -122,7 +129,9 @@ def _interpreter() -> Iterator[None]:
 
     old = JITFunction.run, JITFunction.__call__
     JITFunction.run, JITFunction.__call__ = run, call
+    _interpreting = True
     try:
         yield
     finally:
         JITFunction.run, JITFunction.__call__ = old
+        _interpreting = False
