@@ -331,6 +331,37 @@ def multi_token_attention(
     return y.masked_fill(future, 0.0)
 
 
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    dilation: int = 1,
+    window: str = "shifted",
+) -> Tensor:
+    """The attention of models, with a mask of all pairs of tokens."""
+    sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
+    lengths = q.shape[2:-1]
+    sees = torch.ones(1, 1, dtype=torch.bool, device=q.device)
+    for T, size in zip(lengths, sizes, strict=True):
+        sees = torch.kron(sees, windows(T, size, dilation, window, q.device))
+    q, k, v = (t.flatten(2, -2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, sees).unflatten(2, lengths)
+
+
+def windows(T: int, size: int, dilation: int, window: str, device: torch.device) -> Tensor:
+    """Which of T tokens see which."""
+    query, key = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
+    place = query // dilation
+    first = place - (size - 1 if window == "causal" else size // 2)
+    if window == "shifted":
+        length = (T - query % dilation + dilation - 1) // dilation
+        first = first.clamp(min=0).minimum(length - size)
+    seen = (key // dilation >= first) & (key // dilation < first + size)
+    return seen & (key % dilation == query % dilation)
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, also where both lie in one tensor."""
     return tuple(gate.chunk(2, -1)) if up is None else (gate, up)

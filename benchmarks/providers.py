@@ -155,6 +155,36 @@ class Torch(Provider):
 
         return call
 
+    def neighborhood_attention(self):
+        """flex_attention, compiled, with a mask of blocks that is made once for each shape."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        attend = torch.compile(flex_attention, dynamic=False)
+        masks: dict[tuple, Any] = {}
+
+        def call(q, k, v, kernel_size, *, dilation=1, window="shifted"):
+            lengths = q.shape[2:-1]
+            key = (lengths, kernel_size, dilation, window)
+            if key not in masks:
+                sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
+                sees = [
+                    eager.windows(T, size, dilation, window, q.device)
+                    for T, size in zip(lengths, sizes, strict=True)
+                ]
+                width = lengths[-1]
+
+                def allowed(b, h, i, j):
+                    if len(sees) == 1:
+                        return sees[0][i, j]
+                    return sees[0][i // width, j // width] & sees[1][i % width, j % width]
+
+                T = lengths.numel()
+                masks[key] = create_block_mask(allowed, None, None, T, T, q.device)
+            q, k, v = (t.flatten(2, -2) for t in (q, k, v))
+            return attend(q, k, v, block_mask=masks[key]).unflatten(2, lengths)
+
+        return call
+
     def soft_target_cross_entropy(self):
         return lambda logits, target: F.cross_entropy(logits, target)
 
@@ -340,6 +370,16 @@ class Liger(Provider):
             return liger_multi_token_attention(
                 scores, weight, bias, padding=padding, groups=groups, sparse=sparse
             )
+
+        return call
+
+    def neighborhood_attention(self):
+        from liger_kernel.transformers.functional import liger_fused_neighborhood_attention
+
+        def call(q, k, v, kernel_size, *, dilation=1, window="shifted"):
+            if isinstance(kernel_size, tuple) or window == "causal":
+                raise NotImplementedError("only along a line, and with keys after the query")
+            return liger_fused_neighborhood_attention(q, k, v, kernel_size, dilation)
 
         return call
 

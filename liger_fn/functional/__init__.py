@@ -14,6 +14,7 @@ from liger_fn.functional.activation.softmax import softmax
 from liger_fn.functional.activation.sparsemax import sparsemax
 from liger_fn.functional.activation.swiglu import swiglu
 from liger_fn.functional.attention.multi_token_attention import multi_token_attention
+from liger_fn.functional.attention.neighborhood_attention import neighborhood_attention
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.embedding.embedding import embedding
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
@@ -78,6 +79,7 @@ __all__ = [
     "modulated_layer_norm",
     "modulated_rms_norm",
     "multi_token_attention",
+    "neighborhood_attention",
     "poly_norm",
     "relu_squared",
     "rms_norm",

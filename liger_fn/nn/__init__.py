@@ -5,7 +5,7 @@ purpose, so a checkpoint of the one loads into the other.
 """
 
 from liger_fn.nn.activation import ReLUSquared, Softmax, Sparsemax
-from liger_fn.nn.attention import MultiTokenAttention
+from liger_fn.nn.attention import MultiTokenAttention, NeighborhoodAttention
 from liger_fn.nn.divergence import (
     FusedLinearJSDLoss,
     FusedLinearKLDivLoss,
@@ -62,6 +62,7 @@ __all__ = [
     "KLDivLoss",
     "LayerNorm",
     "MultiTokenAttention",
+    "NeighborhoodAttention",
     "PolyNorm",
     "RMSNorm",
     "ReLUSquared",

@@ -5,8 +5,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from liger_fn.functional import multi_token_attention
+from liger_fn.functional import multi_token_attention, neighborhood_attention
 from liger_fn.functional.attention.multi_token_attention import Pair
+from liger_fn.functional.attention.neighborhood_attention import Window
+from liger_fn.functional.core import check
 
 
 class MultiTokenAttention(nn.Conv2d):
@@ -63,3 +65,56 @@ class MultiTokenAttention(nn.Conv2d):
     def extra_repr(self) -> str:
         padding, sparse = self.options["padding"], self.options["sparse"]
         return f"{super().extra_repr()}, padding={padding!r}, sparse={sparse}"
+
+
+class NeighborhoodAttention(nn.Module):
+    """Attention of each token to a window around it, between projections.
+
+    Its parameters are those of four nn.Linear: q_proj, k_proj, v_proj and out_proj.
+
+    Args:
+        hidden_size: the width of tokens.
+        num_heads: how many heads share it.
+        kernel_size: how many tokens a window has; two numbers for tokens in a plane.
+        dilation, window, scale: see `liger_fn.functional.neighborhood_attention`.
+        bias: whether the projections have one.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        kernel_size: int | tuple[int, ...] = 7,
+        dilation: int | tuple[int, ...] = 1,
+        bias: bool = True,
+        *,
+        window: Window = "shifted",
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            contract = f"divide {hidden_size}, the hidden size"
+            check.fail("NeighborhoodAttention", "num_heads", contract, num_heads)
+
+        def projection() -> nn.Linear:
+            return nn.Linear(hidden_size, hidden_size, bias, device=device, dtype=dtype)
+
+        self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()
+        self.out_proj = projection()
+        self.num_heads, self.kernel_size = num_heads, kernel_size
+        self.options: dict[str, Any] = {"dilation": dilation, "window": window, "scale": scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens (B, T, D), or (B, T₁, T₂, D) for two kernel sizes."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = neighborhood_attention(q, k, v, self.kernel_size, **self.options)
+        return self.out_proj(y.movedim(1, -2).flatten(-2))
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, {options}"

@@ -30,6 +30,7 @@ OPS = (
     "modulated_layer_norm",
     "modulated_rms_norm",
     "multi_token_attention",
+    "neighborhood_attention",
     "poly_norm",
     "relu_squared",
     "rms_norm",
