@@ -311,6 +311,8 @@ def mhc_pre(
 def mhc_post(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """DeepseekV4DecoderLayer's, after its attention and after its experts."""
     return post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(-2) + torch.matmul(res.to(x.dtype), x)
+
+
 def multi_token_attention(
     scores: Tensor,
     weight: Tensor,
@@ -342,12 +344,12 @@ def neighborhood_attention(
 ) -> Tensor:
     """The attention of models, with a mask of all pairs of tokens."""
     sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
-    lengths = q.shape[2:-1]
+    lengths = q.shape[-1 - len(sizes) : -1]
     sees = torch.ones(1, 1, dtype=torch.bool, device=q.device)
     for T, size in zip(lengths, sizes, strict=True):
         sees = torch.kron(sees, windows(T, size, dilation, window, q.device))
-    q, k, v = (t.flatten(2, -2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, sees).unflatten(2, lengths)
+    q, k, v = (t.flatten(-1 - len(sizes), -2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, sees).unflatten(-2, lengths)
 
 
 def windows(T: int, size: int, dilation: int, window: str, device: torch.device) -> Tensor:

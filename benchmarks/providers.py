@@ -155,8 +155,16 @@ class Torch(Provider):
 
         return call
 
+    def soft_target_cross_entropy(self):
+        return lambda logits, target: F.cross_entropy(logits, target)
+
+
+class Flex(Provider):
+    """PyTorch's flex_attention, compiled, with a mask of blocks that is made once for a shape."""
+
+    name = "flex"
+
     def neighborhood_attention(self):
-        """flex_attention, compiled, with a mask of blocks that is made once for each shape."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         attend = torch.compile(flex_attention, dynamic=False)
@@ -184,9 +192,6 @@ class Torch(Provider):
             return attend(q, k, v, block_mask=masks[key]).unflatten(2, lengths)
 
         return call
-
-    def soft_target_cross_entropy(self):
-        return lambda logits, target: F.cross_entropy(logits, target)
 
 
 class Ours(Provider):
@@ -733,6 +738,7 @@ PROVIDERS: dict[str, Provider] = {
         Eager(),
         Torch(),
         Compiled(),
+        Flex(),
         Liger(),
         LigerLargeChunks(),
         LigerCute(),

@@ -78,6 +78,10 @@ _TINY = {
     "mhc_post": lambda d: mhc_post.arguments(d, 1, 16, 4, 256),
     "fused_mlp": lambda d: fused_mlp.arguments(d, (1, 64), 64, 32),
     "gated_linear": lambda d: gated_linear.arguments(d, (1, 64), 32, 64),
+    "neighborhood_attention": lambda d: {
+        **{n: d.normal(1, 16, 2, 64).transpose(1, 2) for n in ("q", "k", "v")},
+        "kernel_size": 7,
+    },
     "fused_moe": lambda d: fused_moe.arguments(d, (64,), 64, 32, 4, 2),
 }
 
