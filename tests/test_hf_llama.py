@@ -370,7 +370,9 @@ def test_a_loss_that_is_a_sum(model, inputs, calls, return_dict):
     expected = loss_and_gradients(model, inputs)
     apply(model)
     assert type(model(**inputs)[0]) is torch.Tensor
-    assert_same(loss_and_gradients(model, inputs), expected)
+    # Gradients of a sum over so many tokens, and their roundings, are as many times a mean's.
+    tokens = inputs["labels"].numel()
+    assert_same(loss_and_gradients(model, inputs), expected, atol=tokens * 1e-6)
     assert type(model(**inputs)[1]) is Deferred
     assert calls["fused_linear_cross_entropy"] == 3
 
