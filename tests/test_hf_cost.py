@@ -48,11 +48,15 @@ def swiglu(gate, up):
     return gate * up
 
 
+def gated_linear(gate, up, weight, bias):
+    return F.linear(gate * up, weight, bias)
+
+
 def rope(q, k, cos, sin, *, rotary_dim, interleaved, layout):
     return q * 2.0, k * 2.0
 
 
-def fused_linear_cross_entropy(weight, x, y, *, bias, **options):
+def fused_linear_cross_entropy(weight, x, y, chunk_size, *, bias, **options):
     return F.cross_entropy(F.linear(x, weight, bias), y)
 
 
@@ -63,8 +67,8 @@ def models(monkeypatch):
     models = [tiny_model("llama", num_hidden_layers=LAYERS).train() for _ in range(2)]
     inputs = tiny_inputs(models[0])
     with patched(models[1]) as report, monkeypatch.context() as patch:
-        assert len(report.replaced()) == 4
-        for op in (rms_norm, swiglu, rope, fused_linear_cross_entropy):
+        assert len(report.replaced()) == 5
+        for op in (rms_norm, swiglu, gated_linear, rope, fused_linear_cross_entropy):
             patch.setattr(functional, op.__name__, op)
         # The rotary function is global: each model gets its own for as long as it runs.
         rotary_functions = untouched, modeling_llama.apply_rotary_pos_emb

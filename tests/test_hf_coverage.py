@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -85,7 +86,10 @@ def test_models_that_cannot_be_run_say_why(capsys):
 
 
 def test_models_that_are_not_equal_are_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(architectures.functional, "swiglu", lambda gate, up: gate * up)
+    def wrong(gate, up, weight, bias):
+        return torch.nn.functional.linear(gate * up, weight, bias)
+
+    monkeypatch.setattr(architectures.functional, "gated_linear", wrong)
     assert main(["models", "causal-lm", "--only", "llama"]) == 0
     assert "LlamaMLP is not swiglu or geglu" in capsys.readouterr().out
 

@@ -87,7 +87,7 @@ def test_lora(model, inputs, fused, case, order):
     if order == "lora first":
         report = apply(tuned)
     assert report.replaced() == {
-        "rms_norm": 5, "swiglu": 2, "rope": 1, "fused_linear_cross_entropy": 1,
+        "rms_norm": 5, "swiglu": 2, "rope": 1, "causal_mask": 1, "fused_linear_cross_entropy": 1,
     }  # fmt: skip
     assert_same(loss_and_gradients(tuned, inputs), expected)
     assert len(fused) == (case not in REAL_LOGITS)
@@ -162,7 +162,7 @@ def test_offloading_hooks(model, inputs, fused, order):
         add_hook_to_module(part, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     if order == "hooks first":
         report = apply(model)
-    assert sum(report.replaced().values()) == 9
+    assert sum(report.replaced().values()) == 10
     assert_same(loss_and_gradients(model, inputs), expected)
     assert len(fused) == 1
     report.undo()
@@ -174,7 +174,7 @@ def test_offloading_hooks(model, inputs, fused, order):
     assert_same(loss_and_gradients(model, inputs), expected)
     # remove_hook leaves bound forwards on the instances; they do not stand in the way.
     with patched(model) as again:
-        assert sum(again.replaced().values()) == 9
+        assert sum(again.replaced().values()) == 10
         assert_same(loss_and_gradients(model, inputs), expected)
     assert len(fused) == 2
 
@@ -190,7 +190,7 @@ def test_weights_on_disk(model, inputs, fused, tmp_path):
         disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
         assert model.lm_head.weight.is_meta
         report = apply(model)
-        assert sum(report.replaced().values()) == 9
+        assert sum(report.replaced().values()) == 10
         torch.testing.assert_close(model(**inputs).logits, expected.logits)
         assert not fused
         found = model(**inputs, skip_logits=True)
@@ -205,7 +205,7 @@ def test_a_model_that_is_loaded_by_a_device_map(model, inputs, fused, tmp_path):
     model.save_pretrained(tmp_path)
     expected = model.eval()(**inputs).loss
     loaded = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
-    assert sum(apply(loaded).replaced().values()) == 9
+    assert sum(apply(loaded).replaced().values()) == 10
     torch.testing.assert_close(loaded(**inputs, skip_logits=True).loss, expected)
     assert len(fused) == 1
 
@@ -235,7 +235,7 @@ def test_quantised_layers_keep_their_forward(model, inputs, fused):
     model.lm_head = Int8Linear(model.lm_head)
     expected = loss_and_gradients(model, inputs)
     report = apply(model)
-    assert report.replaced() == {"rms_norm": 5, "swiglu": 2, "rope": 1}
+    assert report.replaced() == {"rms_norm": 5, "swiglu": 2, "rope": 1, "causal_mask": 1}
     assert "its output head (Int8Linear) is not a plain linear layer" in str(report)
     assert type(model.lm_head) is type(model.model.layers[0].mlp.gate_proj) is Int8Linear
     assert_same(loss_and_gradients(model, inputs), expected)

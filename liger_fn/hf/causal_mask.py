@@ -28,6 +28,8 @@ OP = "causal_mask"
 MAKER = "create_causal_mask"
 # What may say that more is masked; from version 5.24 on the last is called `cache`.
 MASK, POSITIONS, CACHES = "attention_mask", "position_ids", ("past_key_values", "cache")
+# What a plain causal mask is made of.
+USUAL = ("config", "inputs_embeds", POSITIONS, *CACHES)
 
 
 def masked_models(model: nn.Module) -> Iterator[nn.Module]:
@@ -80,13 +82,11 @@ def _forward(unmasked: Callable, names: tuple[str, ...]) -> Callable:
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Make no causal mask; a mask of another kind as ever."""
-    changed = any(
-        value is not None and (name == "attention_mask" or name.endswith(("function", "ids")))
-        for name, value in kwargs.items()
-        if name != "position_ids"
-    )
-    return masking_utils.create_causal_mask(*args, **kwargs) if changed or args else None
+    """Make no causal mask; whatever else is asked for, as ever."""
+    more = (value for name, value in kwargs.items() if name not in USUAL)
+    if args or any(value is not None for value in more):
+        return masking_utils.create_causal_mask(*args, **kwargs)
+    return None
 
 
 def _leaves_the_mask_out(config: Any) -> bool:

@@ -432,20 +432,26 @@ class _Reading:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.held:
             return self.family(*args, **kwargs, **self.options)
-        return self.family(*args, **kwargs, **self._all_options(module))
+        return self.family(*args, **kwargs, **self.options, **self._read(module))
 
-    def _all_options(self, module: nn.Module) -> dict[str, Any]:
-        read = {option: getattr(module, name) for option, name in self.held.items()}
-        return {**self.options, **read}
+    def _read(self, module: nn.Module) -> dict[str, Any]:
+        return {option: getattr(module, name) for option, name in self.held.items()}
+
+    @functools.cached_property
+    def of_linear(self) -> dict[str, Any]:
+        """The options as `gated_linear` calls them."""
+        if self.family.op == "geglu":
+            return {"activation": GELU_NAMES[self.options.get("approximate", "tanh")]}
+        return self.options
 
     def then(self, module: nn.Module, layer: Any, gate: Any, up: Any = None) -> Any:
         """The unit and the layer after it: one op where that layer is no more than its weight."""
         if not _is_plain(layer, gate):
             return layer(self(module, gate, up))
-        options = self._all_options(module)
-        if self.family.op == "geglu":
-            options = {"activation": GELU_NAMES[options.get("approximate", "tanh")]}
-        return functional.gated_linear(gate, up, layer.weight, layer.bias, **options)
+        read, own = self._read(module) if self.held else {}, layer._parameters
+        return functional.gated_linear(
+            gate, up, own["weight"], own["bias"], **self.of_linear, **read
+        )
 
 
 def _mlp_forwards(op, *names):
@@ -511,16 +517,24 @@ def _is_plain(layer: Any, x: torch.Tensor) -> bool:
 
     Adapters, quantised weights, sharding and offloading show as another class, hook or forward.
     """
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+    if (
+        type(layer) is not nn.Linear
+        or "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
         return False
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    if hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    # Not by the module's own getattr, which costs as much as the rest. A weight that somebody has
+    # put there as a plain attribute is none of its parameters.
+    weight = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
         return False
-    weight, dtype = layer.weight, autocast_dtype(x.device.type)
-    if type(weight) not in (nn.Parameter, torch.Tensor) or (dtype or weight.dtype) != x.dtype:
+    if weight.dtype is not x.dtype and autocast_dtype(x.device.type) is not x.dtype:
         return False
     # Without kernels the backward pass would compute the product of the forward pass once more.
-    return backend.chosen() != "auto" or backend.kernels_on(x)
+    return x.is_cuda or backend.chosen() != "auto"
 
 
 def _gate(op):

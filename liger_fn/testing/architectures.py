@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from liger_fn import functional
 from liger_fn.functional import using
 from liger_fn.hf import apply
+from liger_fn.hf.families import GELU_NAMES
 from liger_fn.hf.install import Report, aligned, installed, op_names
 from liger_fn.hf.output_head import FUSED
 from liger_fn.testing import tiny_models
@@ -85,11 +87,13 @@ def try_one(model_type: str, task: str) -> Outcome:
 def counted_calls() -> Iterator[Counter[str]]:
     """Count the calls of every op of the adapter."""
     calls: Counter[str] = Counter()
-    ops = {name: getattr(functional, name) for name in op_names()}
+    # What has no op of its name is done without one.
+    names = [name for name in (*op_names(), "gated_linear") if hasattr(functional, name)]
+    ops = {name: getattr(functional, name) for name in names}
 
     def counted(name, op):
         def call(*args, **kwargs):
-            calls[name] += 1
+            calls[unit_of(**kwargs) if name == "gated_linear" else name] += 1
             return op(*args, **kwargs)
 
         return call
@@ -101,6 +105,13 @@ def counted_calls() -> Iterator[Counter[str]]:
     finally:
         for name, op in ops.items():
             setattr(functional, name, op)
+
+
+def unit_of(activation: str = "silu", **bounds: Any) -> str:
+    """Name the op that computes the unit of a `gated_linear` by itself."""
+    if bounds:
+        return "gated_activation"
+    return "geglu" if activation in GELU_NAMES.values() else "swiglu"
 
 
 def difference(got: tuple, expected: tuple) -> str:

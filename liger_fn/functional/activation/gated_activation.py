@@ -67,12 +67,17 @@ def reference(
     g = g * gate_scale
     if limit is not None and not limit_activated:
         g = g.clamp(max=limit)
-    act = g * torch.sigmoid(slope * alpha * g) if kernel == "silu" else _MEANINGS[kernel](g)
+    act = _silu(g, slope * alpha) if kernel == "silu" else _MEANINGS[kernel](g)
     if limit is not None and limit_activated:
         act = act.clamp(max=limit)
     if limit is not None:
         u = u.clamp(-limit, limit)
     return (scale * act * (u + up_offset)).to(gate.dtype)
+
+
+def _silu(x: Tensor, alpha: float) -> Tensor:
+    # PyTorch's own where it has one: models that call it keep their bits.
+    return F.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
 
 
 def gated_activation_fwd(
