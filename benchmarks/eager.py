@@ -164,6 +164,21 @@ def fused_linear_tvd(
     return _of_both(terms, weight, x, teacher_weight, teacher_x, labels)
 
 
+def fused_linear_cosine(
+    weight: Tensor,
+    x: Tensor,
+    teacher_weight: Tensor,
+    teacher_x: Tensor,
+    labels: Tensor | None = None,
+) -> Tensor:
+    z = F.linear(x, weight).float()
+    with torch.no_grad():
+        y = F.linear(teacher_x, teacher_weight).float()
+    if labels is not None:
+        z, y = z[labels != -100], y[labels != -100]
+    return (1 - F.cosine_similarity(z, y, dim=-1)).mean()
+
+
 def _of_both(loss, weight, x, teacher_weight, teacher_x, labels, **options) -> Tensor:
     """A loss of the log probabilities of the rows that count; their mask waits for the device."""
     log_q = F.linear(x, weight).float().log_softmax(-1)

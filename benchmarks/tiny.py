@@ -70,6 +70,7 @@ _TINY = {
         "x": d.normal(128, 256),
         "indices": d.integers(1024, 128, 16),
     },
+    "fused_linear_cosine": lambda d: heads(d, 128, 256, 512, 1024),
     "fused_linear_jsd": lambda d: heads(d, 128, 256, 512, 1024),
     "fused_linear_kl_div": lambda d: heads(d, 128, 256, 512, 1024),
     "fused_linear_tvd": lambda d: heads(d, 128, 256, 512, 1024, apart=True),

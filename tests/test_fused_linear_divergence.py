@@ -7,6 +7,7 @@ import torch
 from test_fused_linear_cross_entropy import LargestTensor, Multiplications
 
 from liger_fn.functional import (
+    fused_linear_cosine,
     fused_linear_cross_entropy,
     fused_linear_jsd,
     fused_linear_kl_div,
@@ -20,7 +21,8 @@ from liger_fn.functional.linear_loss import divergence as room
 from liger_fn.functional.linear_loss.chunks import Limits
 
 N, H, K, V = 12, 4, 6, 40
-OPS = (fused_linear_jsd, fused_linear_kl_div, fused_linear_tvd)
+OF_DISTRIBUTIONS = (fused_linear_jsd, fused_linear_kl_div, fused_linear_tvd)
+OPS = (*OF_DISTRIBUTIONS, fused_linear_cosine)
 
 
 @pytest.fixture
@@ -48,6 +50,19 @@ def test_every_chunk_size_gives_the_same(op, reduction, heads, labels):
     whole = answers(None)
     for chunk_size in (1, 5, N - 1, N, N + 1):
         torch.testing.assert_close(answers(chunk_size), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_cosine_is_torchs(heads, labels):
+    weight, x, teacher_weight, teacher_x = heads
+    z, y = x @ weight.T, teacher_x @ teacher_weight.T
+    ours = fused_linear_cosine(*heads, labels, hard_weight=0.5, reduction="sum")
+    apart = 1 - torch.nn.functional.cosine_similarity(z, y, dim=-1)
+    hard = torch.nn.functional.cross_entropy(z, labels, reduction="sum")
+    theirs = apart[labels != -100].sum() + 0.5 * hard
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (weight, x)), torch.autograd.grad(theirs, (weight, x))
+    )
 
 
 def test_are_the_divergences_of_the_softmax_of_both(heads, labels):
@@ -91,7 +106,7 @@ def test_jsd_is_trls(beta, heads, labels):
     )
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OF_DISTRIBUTIONS)
 def test_from_itself_a_head_is_at_a_distance_of_0(op, heads, labels):
     """Exactly: then what is left is the hard loss."""
     weight, x = (t.detach().float().requires_grad_() for t in heads[:2])
@@ -144,7 +159,7 @@ def test_infinitely_unlikely_classes(device):
     bias = torch.tensor([0.0, 0.0, -math.inf], device=device)
     weight, x = torch.randn(3, 4, device=device), torch.randn(2, 4, device=device)
     x.requires_grad_()
-    for op in OPS:
+    for op in OF_DISTRIBUTIONS:
         for own in (bias, None):
             loss = op(weight, x, -weight, x.detach(), bias=own, teacher_bias=bias)
             assert loss.isfinite()

@@ -254,15 +254,16 @@ def test_losses_of_two_distributions_are_their_functions():
 @pytest.mark.parametrize(
     ("module", "function", "own"),
     [
-        (lnn.FusedLinearJSDLoss, LF.fused_linear_jsd, {"beta": 0.3}),
-        (lnn.FusedLinearKLDivLoss, LF.fused_linear_kl_div, {"reverse": True}),
-        (lnn.FusedLinearTVDLoss, LF.fused_linear_tvd, {}),
+        (lnn.FusedLinearJSDLoss, LF.fused_linear_jsd, {"beta": 0.3, "temperature": 2.0}),
+        (lnn.FusedLinearKLDivLoss, LF.fused_linear_kl_div, {"reverse": True, "temperature": 2.0}),
+        (lnn.FusedLinearTVDLoss, LF.fused_linear_tvd, {"temperature": 2.0}),
+        (lnn.FusedLinearCosineLoss, LF.fused_linear_cosine, {}),
     ],
 )
 def test_losses_of_two_heads_are_their_functions(module, function, own):
     heads = torch.randn(7, 4), torch.randn(3, 4), torch.randn(7, 5), torch.randn(3, 5)
     labels, biases = torch.tensor([0, 9, 2]), torch.randn(2, 7).unbind()
-    options = own | {"temperature": 2.0, "hard_weight": 0.5, "ignore_index": 9, "chunk_size": 2}
+    options = own | {"hard_weight": 0.5, "ignore_index": 9, "chunk_size": 2}
     torch.testing.assert_close(
         module(**options)(*heads, labels, *biases),
         function(*heads, labels, bias=biases[0], teacher_bias=biases[1], **options),

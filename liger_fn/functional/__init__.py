@@ -17,6 +17,7 @@ from liger_fn.functional.attention.multi_token_attention import multi_token_atte
 from liger_fn.functional.attention.neighborhood_attention import neighborhood_attention
 from liger_fn.functional.core.backend import using
 from liger_fn.functional.embedding.embedding import embedding
+from liger_fn.functional.linear_loss.cosine import fused_linear_cosine
 from liger_fn.functional.linear_loss.cross_entropy import fused_linear_cross_entropy
 from liger_fn.functional.linear_loss.cross_entropy_accumulate import (
     fused_linear_cross_entropy_accumulate,
@@ -56,6 +57,7 @@ __all__ = [
     "dyt",
     "embedding",
     "fused_add_rms_norm",
+    "fused_linear_cosine",
     "fused_linear_cross_entropy",
     "fused_linear_cross_entropy_accumulate",
     "fused_linear_jsd",

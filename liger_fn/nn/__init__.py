@@ -7,6 +7,7 @@ purpose, so a checkpoint of the one loads into the other.
 from liger_fn.nn.activation import ReLUSquared, Softmax, Sparsemax
 from liger_fn.nn.attention import MultiTokenAttention, NeighborhoodAttention
 from liger_fn.nn.divergence import (
+    FusedLinearCosineLoss,
     FusedLinearJSDLoss,
     FusedLinearKLDivLoss,
     FusedLinearTVDLoss,
@@ -43,6 +44,7 @@ __all__ = [
     "Experts",
     "FusedAddRMSNorm",
     "FusedLinearCPOLoss",
+    "FusedLinearCosineLoss",
     "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from liger_fn.functional import (
+    fused_linear_cosine,
     fused_linear_jsd,
     fused_linear_kl_div,
     fused_linear_tvd,
@@ -197,6 +198,28 @@ class FusedLinearKLDivLoss(_FusedLinear):
 
     def options(self) -> dict[str, Any]:
         return {"reverse": self.reverse, **super().options()}
+
+
+class FusedLinearCosineLoss(_FusedLinear):
+    """How far the logits of two heads, which are never held whole, point apart.
+
+    See `liger_fn.functional.fused_linear_cosine`.
+    """
+
+    divergence = staticmethod(fused_linear_cosine)
+
+    def __init__(
+        self,
+        hard_weight: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(1.0, hard_weight, ignore_index, reduction, chunk_size=chunk_size)
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in super().options().items() if name != "temperature"}
 
 
 class FusedLinearTVDLoss(_FusedLinear):

@@ -9,11 +9,12 @@
     g_v     = (slope_v − q_v · pull) / temperature + hard_weight · (softmax(z)_v − [v = label])
     dweight = gᵀ · x                           dx   = g · weight         dbias = Σ_rows g
 
-The terms are those of loss/divergence.py. `z` and `g` share one buffer, the teacher's logits have
-another, and both together keep to the budget of memory: 4·N·H·V operations for the loss of two
-heads of one width, 4·N·H·V for the gradients. The kernel goes over a row of both logits two or
-three times: for their sums of exponentials, for `pull` and the loss, for `g`. Of KL(p ‖ q) `pull`
-is −1, and the last two are one.
+The terms are those of loss/divergence.py; 1 − cosine of the angle between z and the teacher's
+logits y is a loss of its own, with the gradient (cos/|z| · z − y/|y|) / |z|. `z` and `g` share one
+buffer, the teacher's logits have another, and both together keep to the budget of memory: 4·N·H·V
+operations for the loss of two heads of one width, 4·N·H·V for the gradients. The kernel goes over a
+row of both logits two or three times: for their sums of exponentials (or lengths), for `pull` and
+the loss, for `g`. Of KL(p ‖ q) `pull` is −1, and the last two are one, as they are of the cosine.
 
 A weighted sum has one upstream number, so its gradients are made in the forward pass, as those of
 cross_entropy.py are, and the backward pass multiplies them by it. Losses by row have an upstream
@@ -60,6 +61,9 @@ from liger_fn.functional.loss.cross_entropy import REDUCTIONS, columns_of
 from liger_fn.functional.loss.cross_entropy import reference_rows as reference_cross_entropy
 from liger_fn.functional.loss.divergence import compute_dtype, exp_of, term_of
 
+# A vector shorter than this counts as so long, as in torch's cosine_similarity.
+SHORTEST = 1e-8
+
 
 class Head(NamedTuple):
     """A linear head and its inputs, (N, H)."""
@@ -70,7 +74,9 @@ class Head(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is summed; `kind` is one of loss/divergence.py's that take log probabilities, or tvd."""
+    """What is summed; `kind` is one of loss/divergence.py's that take log probabilities, or tvd, or
+    cosine, which takes the logits themselves.
+    """
 
     kind: str
     beta: float
@@ -103,9 +109,13 @@ def reference_of_rows(
         # Before the softmax, so that NaN in an ignored row reaches no gradient.
         ignored = (labels.long() == ignore_index)[..., None]
         z, teacher_z = z.masked_fill(ignored, 0.0), teacher_z.masked_fill(ignored, 0.0)
-    softmax = torch.softmax if kind == "tvd" else torch.log_softmax
-    q, p = softmax(z / temperature, -1), softmax(teacher_z / temperature, -1)
-    loss = divergence.reference_rows(q, p, labels, kind, beta, ignore_index)
+    if kind == "cosine":
+        loss = 1.0 - F.cosine_similarity(z, teacher_z, -1, eps=SHORTEST)
+        loss = loss if labels is None else loss.masked_fill(ignored[..., 0], 0.0)
+    else:
+        softmax = torch.softmax if kind == "tvd" else torch.log_softmax
+        q, p = softmax(z / temperature, -1), softmax(teacher_z / temperature, -1)
+        loss = divergence.reference_rows(q, p, labels, kind, beta, ignore_index)
     if labels is not None and hard_weight:
         hard = reference_cross_entropy(z, labels, None, ignore_index, 0.0, 0.0, None, 1.0)
         loss = loss + hard_weight * hard
@@ -154,7 +164,8 @@ def _fused_linear_divergence_kernel(
     KIND: tl.constexpr, BETA: tl.constexpr, SCALE: tl.constexpr, HARD: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_DLOSS: tl.constexpr,
     NEED_LOSS: tl.constexpr, NEED_DLOGITS: tl.constexpr,
-    UNIT: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr, LOWEST: tl.constexpr, SHORTEST: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
@@ -181,6 +192,9 @@ def _fused_linear_divergence_kernel(
     sums_q = tl.zeros((BLOCK_V // 8,), COMPUTE)
     sums_p = tl.zeros((BLOCK_V // 8,), COMPUTE)
     sums_z = tl.zeros((BLOCK_V // 8,), COMPUTE)
+    zz = tl.zeros((BLOCK_V // 8,), COMPUTE)
+    yy = tl.zeros((BLOCK_V // 8,), COMPUTE)
+    zy = tl.zeros((BLOCK_V // 8,), COMPUTE)
     for start in range(0, columns, BLOCK_V):
         col = start + columns_of(BLOCK_V)
         z = tl.load(
@@ -189,6 +203,12 @@ def _fused_linear_divergence_kernel(
         y = tl.load(
             teacher_ptr + col, mask=col < width, other=0.0, eviction_policy="evict_last"
         ).to(COMPUTE)  # fmt: skip
+        if KIND == "cosine":
+            z = tl.where(col < V, z, 0.0)
+            y = tl.where(col < V, y, 0.0)
+            zz += tl.sum(z * z, axis=1)
+            yy += tl.sum(y * y, axis=1)
+            zy += tl.sum(z * y, axis=1)
         z = tl.where(col < V, z, float("-inf"))
         y = tl.where(col < V, y, float("-inf"))
         top_q, sums_q = _wider(top_q, sums_q, z * SCALE)
@@ -203,7 +223,11 @@ def _fused_linear_divergence_kernel(
 
     terms = tl.zeros((BLOCK_V // 8,), COMPUTE)
     pull = tl.full((), -1.0, COMPUTE)
-    if KIND != "kl_log" or not NEED_DLOGITS:
+    if KIND == "cosine":
+        length_z = tl.maximum(tl.sqrt(tl.sum(zz, axis=0)), SHORTEST)
+        length_y = tl.maximum(tl.sqrt(tl.sum(yy, axis=0)), SHORTEST)
+        cosine = tl.sum(zy, axis=0) / length_z / length_y
+    elif KIND != "kl_log" or not NEED_DLOGITS:
         slopes = tl.zeros((BLOCK_V // 8,), COMPUTE)
         last_block = (columns - 1) // BLOCK_V * BLOCK_V
         for step in range(0, columns, BLOCK_V):
@@ -231,12 +255,15 @@ def _fused_linear_divergence_kernel(
             y = tl.load(
                 teacher_ptr + col, mask=col < readable, other=0.0, eviction_policy="evict_first"
             ).to(COMPUTE)  # fmt: skip
-            log_q = (z * SCALE - highest_q) - log_sum_q
-            log_p = (y * SCALE - highest_p) - log_sum_p
-            term, slope = _term_of_logs(log_q, log_p, KIND, BETA)
-            if KIND == "kl_log":
-                terms += tl.sum(tl.where(live & (col < V), term, 0.0), axis=1)
-            dz = (slope - exp_of(log_q) * pull) * SCALE
+            if KIND == "cosine":
+                dz = (z / length_z * cosine - y / length_y) / length_z
+            else:
+                log_q = (z * SCALE - highest_q) - log_sum_q
+                log_p = (y * SCALE - highest_p) - log_sum_p
+                term, slope = _term_of_logs(log_q, log_p, KIND, BETA)
+                if KIND == "kl_log":
+                    terms += tl.sum(tl.where(live & (col < V), term, 0.0), axis=1)
+                dz = (slope - exp_of(log_q) * pull) * SCALE
             if HARD != 0.0:
                 chosen = exp_of((z - highest_z) - log_sum_z)
                 dz += HARD * tl.where(col == t, chosen - 1.0, chosen)
@@ -245,6 +272,8 @@ def _fused_linear_divergence_kernel(
 
     if NEED_LOSS:
         loss = tl.sum(terms, axis=0)
+        if KIND == "cosine":
+            loss = 1.0 - cosine
         if HARD != 0.0:
             hard = ((highest_z - z_t) + log_sum_z) * HARD
             loss += tl.where(known, hard, float("nan"))
@@ -286,7 +315,8 @@ def launch_rows(
         KIND=terms.kind, BETA=terms.beta, SCALE=1.0 / terms.temperature, HARD=terms.hard_weight,
         HAS_LABELS=labels is not None, HAS_DLOSS=dloss is not None,
         NEED_LOSS=loss is not None, NEED_DLOGITS=need_dlogits,
-        UNIT=unit, LOWEST=torch.finfo(compute).min / 2, COMPUTE=triton_dtype(compute),
+        UNIT=unit, LOWEST=torch.finfo(compute).min / 2, SHORTEST=SHORTEST,
+        COMPUTE=triton_dtype(compute),
         **_fused_linear_divergence_config(logits.shape[1]),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ OPS = (
     "dyt",
     "embedding",
     "fused_add_rms_norm",
+    "fused_linear_cosine",
     "fused_linear_cross_entropy",
     "fused_linear_jsd",
     "fused_linear_kl_div",

@@ -135,7 +135,8 @@ def compilations(kind: str, beta: float = 0.0) -> list[Compilation]:
         constants: dict[str, Any] = {
             "KIND": kind, "BETA": beta, "SCALE": 1.0, "HARD": 0.0,
             "HAS_LABELS": False, "HAS_DLOSS": True, "NEED_LOSS": True, "NEED_DLOGITS": True,
-            "UNIT": 1.0, "LOWEST": torch.finfo(torch.float32).min / 2, "COMPUTE": tl.float32,
+            "UNIT": 1.0, "LOWEST": torch.finfo(torch.float32).min / 2, "SHORTEST": 1e-8,
+            "COMPUTE": tl.float32,
             **room._fused_linear_divergence_config(V), **changes,
         }  # fmt: skip
         warps = constants.pop("num_warps")
