@@ -78,3 +78,29 @@ def test_a_view_of_a_projection_gives_one_and_so_does_its_gradient(layout, devic
     dense = rope(q.contiguous(), k, cos, sin, layout=layout)
     assert dense[0].is_contiguous()
     torch.testing.assert_close(dense, turned)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+def test_learned_angles_get_their_gradient(interleaved, times, device):
+    """However often the tables have each angle, and through the transforms."""
+    q = torch.randn(2, 2, 3, 4, dtype=torch.float64, device=device)
+    k = torch.randn(2, 1, 3, 4, dtype=torch.float64, device=device)
+    angle = torch.randn(3, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def turned(angle):
+        table = angle
+        if times == 2:
+            table = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle] * 2, -1)
+        return rope(q, k, table.cos(), table.sin(), interleaved=interleaved)
+
+    assert torch.autograd.gradcheck(turned, (angle,))
+    assert torch.autograd.gradgradcheck(turned, (angle,))
+
+    def loss(angle):
+        return sum(t.square().sin().sum() for t in turned(angle))
+
+    expected = torch.autograd.grad(loss(angle), angle)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(angle.detach()), expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(angle), angle)[0], expected)

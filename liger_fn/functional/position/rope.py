@@ -404,7 +404,7 @@ def rope(
         k: (B, K, T, C), K any number of heads, dtype of q; or None.
         cos, sin: (T, R), (1, T, R) or (B, T, R), floating point, may be of another dtype than q:
             cos θ and sin θ of each pair twice, as Hugging Face has them (the second copy is not
-            used), or once: (..., R/2). They are constants: no gradient flows to them.
+            used), or once: (..., R/2). Learned angles get their gradient from plain PyTorch.
         rotary_dim: R, how many features of a head are rotated, the others are copied; None: all C.
         interleaved: pairs are (2i, 2i + 1), as in GPT-J and Cohere; False: (i, i + R/2), as in
             Llama.
@@ -420,13 +420,15 @@ def rope(
             or not within 2 and C, or layout is unknown.
 
     Precision: computed in float32 (float64 for float64 q); every output is rounded once.
-    Memory: cos and sin live until the backward pass; q and k do not.
+    Memory: cos and sin live until the backward pass; q and k do not, unless angles are learned.
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
     _check_heads(q, k, layout)
     R = q.shape[-1] if rotary_dim is None else rotary_dim
     _check_tables(q, cos, sin, R, layout)
-    q_out, k_out = _rope(q, k, _per_sample(cos, q), _per_sample(sin, q), R, interleaved, layout)
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    turn = _reference if learned else _rope
+    q_out, k_out = turn(q, k, _per_sample(cos, q), _per_sample(sin, q), R, interleaved, layout)
     return q_out if k is None else (q_out, k_out)
 
 
