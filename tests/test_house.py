@@ -21,7 +21,13 @@ OP_FILES = [
     path for path in sorted((PACKAGE / "functional").rglob("*.py")) if path.parent.name != "core"
 ]
 # A choice of backend, a function of functions, and one whose gradient is a result.
-NO_OPS = {"using", "tiled_mlp", "fused_linear_cross_entropy_accumulate"}
+NO_OPS = {
+    "using",
+    "tiled_mlp",
+    "fused_linear_cross_entropy_accumulate",
+    "vocab_parallel_cross_entropy",
+    "fused_linear_vocab_parallel_cross_entropy",
+}
 
 # Who may import whom; `testing` and `training` may import all of them.
 LAYERS = {

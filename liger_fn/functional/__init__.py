@@ -33,6 +33,10 @@ from liger_fn.functional.loss.kl_div import kl_div
 from liger_fn.functional.loss.logprobs import logprobs
 from liger_fn.functional.loss.soft_target_cross_entropy import soft_target_cross_entropy
 from liger_fn.functional.loss.tvd import tvd
+from liger_fn.functional.loss.vocab_parallel import (
+    fused_linear_vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 from liger_fn.functional.mlp.fused_mlp import fused_mlp
 from liger_fn.functional.mlp.gated_linear import gated_linear
 from liger_fn.functional.mlp.moe import fused_moe
@@ -65,6 +69,7 @@ __all__ = [
     "fused_linear_logprobs",
     "fused_linear_selected_logprobs",
     "fused_linear_tvd",
+    "fused_linear_vocab_parallel_cross_entropy",
     "fused_mlp",
     "fused_moe",
     "gated_activation",
@@ -93,4 +98,5 @@ __all__ = [
     "tiled_mlp",
     "tvd",
     "using",
+    "vocab_parallel_cross_entropy",
 ]
