@@ -312,6 +312,30 @@ def test_what_is_born_without_a_graph_has_none(head, hidden):
     assert np.argmax(lazy, -1).shape == (ROWS, TOKENS)
 
 
+def test_a_loss_of_what_is_born_without_a_graph_has_none(head, hidden, target, fused):
+    with torch.no_grad():
+        _, lazy = real_and_deferred(head, hidden)
+    assert not F.cross_entropy(lazy.view(-1, VOCAB), target).requires_grad
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        (("meta",), {}),
+        ((torch.device("meta"), torch.float64), {}),
+        ((torch.empty(0, device="meta"),), {}),
+        ((), {"device": "meta", "dtype": torch.float64}),
+    ],
+    ids=["name", "device", "tensor", "keyword"],
+)
+def test_another_device(head, hidden, args, kwargs):
+    real, lazy = real_and_deferred(head, hidden)
+    expected, moved = real.to(*args, **kwargs), lazy.to(*args, **kwargs)
+    assert (moved.device, moved.dtype) == (expected.device, expected.dtype)
+    assert type(lazy.to(hidden.device)) is Deferred
+
+
 def test_numpy_asks_for_detach_as_always(head, hidden):
     _, lazy = real_and_deferred(head, hidden)
     with pytest.raises(RuntimeError, match=r"Use tensor.detach\(\).numpy\(\) instead"):

@@ -226,7 +226,10 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
 
     @_recorded
     def to(self, *args, **kwargs):
-        like = (a.dtype if isinstance(a, torch.Tensor) else a for a in (*args, kwargs.get("dtype")))
+        given = (*args, kwargs.get("dtype"), kwargs.get("device"))
+        if any(_is_elsewhere(a, self.device) for a in given):
+            return self.materialize().to(*args, **kwargs)
+        like = (a.dtype if isinstance(a, torch.Tensor) else a for a in given)
         dtype = next((a for a in like if isinstance(a, torch.dtype)), self.dtype)
         return self._with(dtype=dtype)
 
@@ -318,6 +321,9 @@ class Deferred(Lazy, metaclass=_SaysWhatToDo):
         return {"softcap": self.cap, "logit_scale": scale}
 
     def call_head(self, **kwargs):
+        if torch.is_grad_enabled() and not self.born.grad:
+            with torch.no_grad():
+                return self.call_head(**kwargs)
         if self._head_has_changed():
             raise RuntimeError(
                 "logits: `outputs.logits` must be read before the output head changes; got a head "
@@ -402,6 +408,16 @@ class DeferredSum(Lazy):
         if self.value is None:
             self.value = self.logits.call_head(target=self.target, loss=self.loss)
         return self.value
+
+
+def _is_elsewhere(place: Any, device: torch.device) -> bool:
+    """Say whether an argument of `Tensor.to` asks for another device."""
+    if isinstance(place, torch.Tensor):
+        place = place.device
+    elif isinstance(place, str | int) and not isinstance(place, bool):
+        place = torch.device(place)
+    # Without an index it is the current one, which need not be that of the logits.
+    return isinstance(place, torch.device) and place != device
 
 
 def _is_count(items: Any) -> bool:
