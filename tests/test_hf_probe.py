@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
@@ -677,6 +678,25 @@ def test_a_product_in_float32():
     proof = prove(GATED_MLP, InFloat32(tiny_config("llama")))
     assert (proof.candidate.op, proof.error16) == ("swiglu", 0)
     assert prove(GATED_MLP, LlamaMLP(tiny_config("llama"))).error16 > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_last_layer_that_is_kept_in_float32(dtype):
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval().to(dtype)
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+        assert apply(model).replaced()["geglu"] > 0
+        found = model(input_ids=ids, decoder_input_ids=ids).logits
+    # The op rounds once where T5 rounds at each step.
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_unchanged_is_proved():

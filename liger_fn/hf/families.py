@@ -447,7 +447,7 @@ class _Reading:
     def then(self, module: nn.Module, layer: Any, gate: Any, up: Any = None) -> Any:
         """The unit and the layer after it: one op where that layer is no more than its weight."""
         if not _is_plain(layer, gate):
-            return layer(self(module, gate, up))
+            return layer(_as_kept(layer, self(module, gate, up)))
         read, own = self._read(module) if self.held else {}, layer._parameters
         return functional.gated_linear(
             gate, up, own["weight"], own["bias"], **self.of_linear, **read
@@ -535,6 +535,14 @@ def _is_plain(layer: Any, x: torch.Tensor) -> bool:
         return False
     # Without kernels the backward pass would compute the product of the forward pass once more.
     return x.is_cuda or backend.chosen() != "auto"
+
+
+def _as_kept(layer: Any, a: torch.Tensor) -> torch.Tensor:
+    """What a layer gets that its model keeps in float32 and casts for, as T5's do."""
+    weight = getattr(layer, "weight", None)
+    if a.dtype is F32 or getattr(weight, "dtype", None) is not F32:
+        return a
+    return a if autocast_dtype(a.device.type) else a.float()
 
 
 def _gate(op):
