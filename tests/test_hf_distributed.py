@@ -13,6 +13,8 @@ from torch import nn
 from liger_fn import functional
 from liger_fn.functional import using
 from liger_fn.hf import apply
+from liger_fn.hf.output_head import ask
+from liger_fn.hf.trl import tokens_of
 from liger_fn.testing.tiny_models import tiny_inputs, tiny_model
 
 
@@ -36,6 +38,7 @@ def run(rank, backend, store):
             ddp(rank, device)
             fsdp2(rank, device)
             experts(rank, device)
+            asked(rank, device)
         torch.distributed.barrier()
     finally:
         # Models in reference cycles keep gloo's groups, whose threads must not outlive the process.
@@ -89,15 +92,45 @@ def mixture(device):
     return tiny_model("mixtral", num_hidden_layers=1).train().to(device)
 
 
-def sharded(model, device, tie=False):
-    """Shard a model over both processes, each layer and an untied head by itself."""
+def asked(rank, device):
+    """Log-probabilities are taken inside of what wraps the model, which then knows of them."""
+    for tie in (False, True):
+        expected = small(tie, device)
+        (sum(loss_asked(expected, batch) for batch in batches(device)) / 2).backward()
+        expected = {name: p.grad for name, p in expected.named_parameters()}
+        for wrap in (
+            lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True),
+            lambda model: sharded(model, device, own_head=False, reshard_after_forward=True),
+        ):
+            model = small(tie, device)
+            apply(model)
+            wrapped = wrap(model)
+            with count("fused_linear_logprobs") as calls:
+                loss_asked(wrapped, batches(device)[rank]).backward()
+            assert len(calls) == 1
+            check_gradients(model, expected, device)
+
+
+def loss_asked(model, batch):
+    labels = batch["labels"][:, 1:]
+    logps = ask(
+        model,
+        lambda outputs: tokens_of(outputs.logits[:, :-1], labels, more=False).logps,
+        **{name: value for name, value in batch.items() if name != "labels"},
+    )
+    return -logps.sum() / (labels != -100).sum()
+
+
+def sharded(model, device, own_head=True, **root):
+    """Shard a model over both processes, each layer and maybe the head by itself."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     # Left to itself FSDP takes the GPU where there is one, and gloo does not serve it.
     mesh = init_device_mesh(device.type, (2,))
-    for part in (*model.model.layers, *([] if tie else [model.lm_head]), model):
+    for part in (*model.model.layers, *([model.lm_head] if own_head else [])):
         fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh, **root)
 
 
 def fsdp2(rank, device):
@@ -106,7 +139,7 @@ def fsdp2(rank, device):
         model = small(tie, device)
         if first == "apply":
             report = apply(model)
-        sharded(model, device, tie)
+        sharded(model, device, own_head=not tie)
         if first == "shard":
             report = apply(model)
         assert report.replaced()["fused_linear_cross_entropy"] == 1

@@ -136,12 +136,59 @@ def _set_loss(head: Any, loss: tuple[str, int] | None) -> None:
         head.__dict__["_liger_loss"] = loss
 
 
-def deferring_head(wrapped: nn.Module) -> nn.Module | None:
-    """Find the head of a patched model, itself or in its wrappers; None if its logits are real."""
-    for module in wrapped.modules():
-        if isinstance(module, DeferringModel):
-            return _head_at(module, module._liger_head) if module._liger_mode == FUSED else None
-    return None
+class _Reading:
+    """What somebody wants of the output of the next call of a model, made where logits are made.
+
+    Args:
+        head: the model's.
+        read: makes it of the output.
+    """
+
+    def __init__(self, head: Any, read: Callable):
+        self.head, self.read = head, read
+        self.thread, self.is_done = threading.get_ident(), False
+
+    def of(self, output: Any) -> Any:
+        # The model's own code has ended: a loss is a tensor from here on.
+        _set_loss(self.head, None)
+        self.is_done = True
+        return self.read(output)
+
+
+def ask(wrapped: nn.Module, read: Callable, **inputs: Any) -> Any:
+    """Call a model, wrapped or not, and return what `read` makes of its output.
+
+    Logits are not computed yet when it reads, if the model was patched. It reads inside of all that
+    wraps the model: there weights are whole, and DDP and FSDP find in the tensors that it returns
+    what will have a gradient. Of compiled code it reads outside.
+    """
+    model = _deferring_model(wrapped)
+    head = None if model is None else _head_at(model, model._liger_head)
+    if model is None or head is None:
+        return read(wrapped(**inputs))
+    reading = _Reading(head, read)
+    model.__dict__["_liger_reading"] = reading
+    try:
+        with deferring(head, FUSED):
+            output = wrapped(**inputs)
+    finally:
+        model.__dict__.pop("_liger_reading", None)
+    return output if reading.is_done else read(output)
+
+
+def _deferring_model(wrapped: nn.Module) -> Any:
+    """Find the patched model, itself or in its wrappers; None if its logits are real."""
+    found = (module for module in wrapped.modules() if isinstance(module, DeferringModel))
+    model = next(found, None)
+    return model if model is not None and model._liger_mode == FUSED else None
+
+
+def _reading_of(model: Any) -> _Reading | None:
+    """What this thread has asked of the model, in code that is not compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    reading = model.__dict__.get("_liger_reading")
+    return reading if reading is not None and reading.thread == threading.get_ident() else None
 
 
 def _computes_a_loss(head: Any) -> bool:
@@ -158,6 +205,9 @@ def _deferring(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def forward(self, *args, skip_logits=None, **kwargs):
+        reading = _reading_of(self)
+        if reading is not None:
+            return reading.of(run(self, *args, **kwargs))
         labels = args[position] if len(args) > position else kwargs.get("labels")
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if skip_logits and not has_labels:

@@ -7,8 +7,9 @@ Each is TRL's class with two differences. Once it is made, `apply` goes over its
 `compute_loss`, the method that transformers' Trainer documents to be overridden, is ours: the model
 is called as it stands, wrapped by whatever distributes it; its head returns logits that are not
 computed yet; of the tokens that count `fused_linear_logprobs` takes what is needed, inside the
-head's own hooks; and a function of `liger_fn.functional.preference` makes the loss and the metrics.
-Batches, references, generation, rewards and logs are TRL's.
+head's own hooks and inside of all wrappers (`ask`); and a function of
+`liger_fn.functional.preference` makes the loss and the metrics. Batches, references, generation,
+rewards and logs are TRL's.
 
 What TRL does not promise to keep, and what we read: the names in a batch, the attributes in which
 a trainer holds its options (`beta`, `loss_types`, ...), and `_metrics` and `_total_train_tokens`,
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from liger_fn.functional import preference
 from liger_fn.functional.preference.grpo import NORMALIZATIONS
 from liger_fn.hf.deferred import Deferred
 from liger_fn.hf.install import apply
-from liger_fn.hf.output_head import FUSED, deferring, deferring_head, with_real_logits
+from liger_fn.hf.output_head import ask, with_real_logits
 
 OLDEST = "1.15"
 IGNORED = -100
@@ -51,13 +52,6 @@ class Tokens(NamedTuple):
     logps: Tensor
     entropies: Tensor | None
     hits: Tensor | None
-
-
-def without_logits(model: nn.Module, **inputs: Any) -> Any:
-    """Call a model, wrapped or not, whose logits are then not computed yet, if it was patched."""
-    head = deferring_head(model)
-    with deferring(head, FUSED) if head is not None else contextlib.nullcontext():
-        return model(**inputs, use_cache=False)
 
 
 def tokens_of(logits: Any, labels: Tensor, *, more: bool = True, **options: Any) -> Tokens:
@@ -125,10 +119,10 @@ class Patched:
             if model is not None
         ]
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def _ask(self, model: nn.Module, inputs: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         if self.aux_loss_enabled:
             inputs = {**inputs, "output_router_logits": True}
-        return without_logits(model, **inputs)
+        return ask(model, read, **inputs, use_cache=False)
 
     def _with_aux_loss(self, loss: Tensor, outputs: Any, steps: float, metrics: dict) -> Tensor:
         """Add what keeps the experts of a mixture equally busy."""
@@ -183,12 +177,16 @@ class SFTLoss(Patched):
         if by_hand or "shift_labels" in inputs or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        outputs = self._forward(model, {k: v for k, v in inputs.items() if k != "labels"})
-        # Tuned prompts come before the tokens.
-        logits, y = outputs.logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-
+        of_model = {k: v for k, v in inputs.items() if k != "labels"}
         metrics: dict[str, Tensor | Ratio] = {}
-        total, number = self._total(logits, y, metrics)
+
+        def read(outputs: Any) -> tuple[Any, ...]:
+            # Tuned prompts come before the tokens.
+            logits = outputs.logits[:, -labels.shape[1] :][:, :-1]
+            total, number = self._total(logits, labels[:, 1:], metrics)
+            return total, number, with_real_logits(outputs, drop=not return_outputs)
+
+        total, number, outputs = self._ask(model, of_model, read)
         if num_items_in_batch is None:
             num_items_in_batch = number
         loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
@@ -197,7 +195,7 @@ class SFTLoss(Patched):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         loss = self._with_aux_loss(loss, outputs, self._steps() if is_of_all else 1, metrics)
         self._note(metrics, self._number_of_tokens(inputs))
-        return (loss, with_real_logits(outputs)) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def _total(self, logits: Any, y: Tensor, metrics: dict) -> tuple[Tensor, Tensor]:
         """The sum of the losses of all tokens that count, and their number."""
@@ -237,9 +235,15 @@ class DPOLoss(Patched):
         labels = inputs["input_ids"].masked_fill(completion == 0, IGNORED)[:, 1:]
         ours = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
         of_model = {k: v for k, v in inputs.items() if k not in ours}
-        outputs = self._forward(model, of_model)
-        logits = outputs.logits[:, -completion.shape[1] : -1]
-        tokens = tokens_of(logits, labels, chunk_size=self.chunk_size)
+
+        def read(outputs: Any) -> tuple[Any, ...]:
+            logits = outputs.logits[:, -completion.shape[1] : -1]
+            tokens = tokens_of(logits, labels, chunk_size=self.chunk_size)
+            weights = self._weights(logits, labels, tokens) if self.use_weighting else None
+            outputs = with_real_logits(outputs, drop=not return_outputs)
+            return tokens, weights, _of_pairs(logits, tokens), outputs
+
+        tokens, weights, noted, outputs = self._ask(model, of_model, read)
         pairs, lengths = len(labels) // 2, completion.sum(-1).clamp(min=1)
         loss, metrics = preference.dpo_loss(
             *self._of_sequences(tokens).split(pairs),
@@ -254,11 +258,11 @@ class DPOLoss(Patched):
             chosen_lengths=lengths[:pairs],
             rejected_lengths=lengths[pairs:],
             nll=preference.nll_loss(tokens.logps[:pairs], tokens.counts[:pairs]),
-            weights=self._weights(logits, labels, tokens) if self.use_weighting else None,
+            weights=weights,
         )
         loss = self._with_aux_loss(loss, outputs, 1, metrics)
-        self._note(metrics | _of_pairs(logits, tokens), inputs["attention_mask"].sum())
-        return (loss, with_real_logits(outputs)) if return_outputs else loss
+        self._note(metrics | noted, inputs["attention_mask"].sum())
+        return (loss, outputs) if return_outputs else loss
 
     def _of_sequences(self, tokens: Tokens) -> Tensor:
         if self.ld_alpha is None:
@@ -272,13 +276,16 @@ class DPOLoss(Patched):
     ) -> tuple[Tensor, ...]:
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+
+        def read(outputs: Any) -> Tokens:
+            logits = outputs.logits[:, -labels.shape[1] - 1 : -1]
+            return tokens_of(logits, labels, more=False, chunk_size=self.chunk_size)
+
         model, adapters_off = self.ref_model, contextlib.nullcontext()
         if model is None:
             model, adapters_off = self.model, self._as_reference()
-        # Within it the head is called too: what it multiplies by is asked for only then.
         with torch.no_grad(), adapters_off:
-            logits = without_logits(model, **of_model).logits[:, -labels.shape[1] - 1 : -1]
-            tokens = tokens_of(logits, labels, more=False, chunk_size=self.chunk_size)
+            tokens = ask(model, read, **of_model, use_cache=False)
         return self._of_sequences(tokens).split(len(labels) // 2)
 
     def _as_reference(self) -> contextlib.AbstractContextManager:
@@ -350,11 +357,15 @@ class GRPOLoss(Patched):
         }
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-        with self.accelerator.autocast():
-            outputs = self._forward(model, of_model)
-        logits = outputs.logits[:, -answers.shape[1] - 1 : -1]
         labels = answers.masked_fill(mask == 0, IGNORED)
-        tokens = tokens_of(logits, labels, temperature=self.temperature, chunk_size=self.chunk_size)
+        options = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+
+        def read(outputs: Any) -> tuple[Any, ...]:
+            logits = outputs.logits[:, -answers.shape[1] - 1 : -1]
+            return tokens_of(logits, labels, **options), with_real_logits(outputs, drop=True)
+
+        with self.accelerator.autocast():
+            tokens, outputs = self._ask(model, of_model, read)
         loss, metrics = preference.grpo_loss(
             tokens.logps,
             inputs["advantages"],
