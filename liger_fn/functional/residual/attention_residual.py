@@ -309,14 +309,19 @@ def attention_residual(
     Source: Kimi Team, "Attention Residuals", 2026; arXiv:2603.15031.
     """
     op = "attention_residual"
-    of_one = values[0] if isinstance(values, (list, tuple)) and values else values
-    check.floating(op, "values", of_one)
-    values = _stacked(values, dim)
-    if values.dim() < 2:
-        check.fail(op, "values", "have shape (L, ..., D)", f"shape {check.spell(values.shape)}")
+    outputs = tuple(values) if isinstance(values, (list, tuple)) and values else (values,)
+    for t in outputs:
+        check.floating(op, "values", t)
+        check.device(op, "values", t, outputs[0], "values[0]")
+        check.shape(op, "values", t, outputs[0].shape, "that of `values[0]`")
+    dims = outputs[0].dim() + (outputs[0] is not values)
+    if dims < 2:
+        got = f"shape {check.spell(outputs[0].shape)}"
+        check.fail(op, "values", "have shape (L, ..., D)", got)
     check.number(op, "dim", dim, "be an integer", isinstance(dim, int))
-    if not -values.dim() <= dim < values.dim() - 1 or dim == -1:
+    if not -dims <= dim < dims - 1 or dim == -1:
         check.fail(op, "dim", "name a dimension of `values` but the last", dim)
+    values = _stacked(values, dim)
     if values.shape[dim] == 0:
         check.fail(op, "values", "be of at least one block", f"shape {check.spell(values.shape)}")
     for name, t in (("query", query), ("weight", weight)):
