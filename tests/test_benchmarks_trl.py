@@ -82,6 +82,12 @@ def test_verdicts():
     # Rounding is as large as the precision says.
     ours, theirs = row("a", "5 4 3.02", precision="bfloat16"), row(precision="bfloat16")
     assert report.judged(ours, theirs)[1] == "agrees"
+    # Other answers have other losses, but not other entropies.
+    sampled = {"trainer": "GRPO", "precision": "bfloat16"}
+    ours, theirs = row("a", "5 4 9", **sampled), row(**sampled)
+    assert report.judged(ours, theirs) == (6.0, "agrees")
+    ours = row("a", entropies="6 6 7", **sampled)
+    assert report.judged(ours, theirs) == (0.0, "differs: entropies, by 1")
 
 
 def test_tables():
