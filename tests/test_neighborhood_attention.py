@@ -111,6 +111,9 @@ def test_the_module_projects_attends_and_projects(kernel_size, lengths, device):
     )
     y = neighborhood_attention(q, k, v, kernel_size, window="cut")
     torch.testing.assert_close(module(x), module.out_proj(y.movedim(1, -2).flatten(-2)))
+    for few_or_many in (x[0], x[None]):
+        found = module(few_or_many).reshape(-1, *x.shape[1:])
+        torch.testing.assert_close(found, module(x)[: len(found)])
 
 
 def test_heads_share_the_width_of_the_module():

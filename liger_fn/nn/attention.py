@@ -107,13 +107,15 @@ class NeighborhoodAttention(nn.Module):
         self.options: dict[str, Any] = {"dilation": dilation, "window": window, "scale": scale}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens (B, T, D), or (B, T₁, T₂, D) for two kernel sizes."""
+        """Mix tokens (..., T, D), or (..., T₁, T₂, D) for two kernel sizes."""
+        sizes = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size,)
+        before_tokens = -2 - len(sizes)
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
+            projection(x).unflatten(-1, (self.num_heads, -1)).movedim(-2, before_tokens)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         y = neighborhood_attention(q, k, v, self.kernel_size, **self.options)
-        return self.out_proj(y.movedim(1, -2).flatten(-2))
+        return self.out_proj(y.movedim(before_tokens, -2).flatten(-2))
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
