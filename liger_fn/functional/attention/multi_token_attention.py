@@ -30,7 +30,6 @@ from liger_fn.functional.activation import softmax, sparsemax
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import unit_stride
-from liger_fn.functional.linear_loss.chunks import dtype_inside
 
 Pair = int | tuple[int, int]
 
@@ -266,9 +265,7 @@ def _check(scores: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
     for name, t in {"weight": weight, "bias": bias}.items():
         if t is not None:
             check.floating(op, name, t)
-            if t.dtype is not scores.dtype and dtype_inside(t) is not dtype_inside(scores):
-                contract = f"have the dtype of `scores`, {scores.dtype}"
-                check.fail(op, name, contract, t.dtype, TypeError)
+            check.dtype_inside(op, name, t, scores, "scores")
             check.device(op, name, t, scores, "scores")
     fits = weight.dim() == 4 and 0 not in weight.shape and weight.shape[1] == H // groups
     if not fits or weight.shape[0] % groups:

@@ -43,7 +43,6 @@ from liger_fn.functional.core.launch import (
     triton,
     triton_dtype,
 )
-from liger_fn.functional.linear_loss.chunks import dtype_inside
 
 OP = "neighborhood_attention"
 Window = Literal["shifted", "cut", "causal"]
@@ -640,8 +639,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     check.floating(OP, "q", q)
     for name, t in {"k": k, "v": v}.items():
         check.floating(OP, name, t)
-        if t.dtype is not q.dtype and dtype_inside(t) is not dtype_inside(q):
-            check.fail(OP, name, f"have the dtype of `q`, {q.dtype}", t.dtype, TypeError)
+        check.dtype_inside(OP, name, t, q, "q")
         check.device(OP, name, t, q, "q")
         check.shape(OP, name, t, q.shape, "the shape of `q`")
     check.at_least_1d(OP, "q", q)

@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from liger_fn.functional.core import rules
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -44,6 +46,12 @@ def integer(op: str, name: str, x: Any) -> None:
 def dtype(op: str, name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
     if x.dtype != like.dtype:
         fail(op, name, f"have the dtype of `{like_name}`, {like.dtype}", x.dtype, TypeError)
+
+
+def dtype_inside(op: str, name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+    """Check a dtype as an op sees it: autocast makes one of two."""
+    if x.dtype is not like.dtype and rules.dtype_inside(x) is not rules.dtype_inside(like):
+        dtype(op, name, x, like, like_name)
 
 
 def device(op: str, name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> None:

@@ -127,6 +127,12 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
+def dtype_inside(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which an op sees x that autocast casts."""
+    given = autocast_dtype(x.device.type)
+    return x.dtype if given is None or x.dtype is torch.float64 else given
+
+
 def _casts(x: torch.Tensor | None) -> bool:
     """Autocast leaves integers and float64 alone, as for PyTorch's own ops."""
     return x is not None and x.is_floating_point() and x.dtype is not torch.float64

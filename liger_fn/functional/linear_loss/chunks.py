@@ -18,7 +18,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.launch import cdiv
-from liger_fn.functional.core.rules import autocast_dtype
 from liger_fn.functional.loss.cross_entropy import check_target
 
 _BUFFER_BYTES = 5 << 28
@@ -156,12 +155,6 @@ def pull_back(
         torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)
 
 
-def dtype_inside(t: Tensor) -> torch.dtype:
-    """The dtype in which the op sees t."""
-    given = autocast_dtype(t.device.type)
-    return t.dtype if given is None or t.dtype is torch.float64 else given
-
-
 def check_head(
     op: str, weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, chunk_size: int | None
 ) -> None:
@@ -181,8 +174,7 @@ def check_factors(op: str, weight: Tensor, x: Tensor, bias: Tensor | None, of: s
         if t is None:
             continue
         check.floating(op, name, t)
-        if t.dtype is not x.dtype and dtype_inside(t) is not dtype_inside(x):
-            check.fail(op, name, f"have the dtype of `{of}x`, {x.dtype}", t.dtype, TypeError)
+        check.dtype_inside(op, name, t, x, f"{of}x")
         check.device(op, name, t, x, f"{of}x")
     if weight.dim() != 2 or weight.shape[0] == 0:
         shape = check.spell(weight.shape)

@@ -37,11 +37,11 @@ from liger_fn.functional.core.launch import (
     triton,
     unit_stride,
 )
+from liger_fn.functional.core.rules import dtype_inside
 from liger_fn.functional.linear_loss.chunks import (
     Limits,
     Plan,
     check_head,
-    dtype_inside,
     dtypes_as_given,
     logits_of,
     pull_back,

@@ -15,7 +15,8 @@ from liger_fn.functional.core import check
 from liger_fn.functional.core.backend import kernels_on, on_device
 from liger_fn.functional.core.custom_vjp import watched
 from liger_fn.functional.core.launch import accumulator, has_work
-from liger_fn.functional.linear_loss.chunks import Limits, check_head, dtype_inside
+from liger_fn.functional.core.rules import dtype_inside
+from liger_fn.functional.linear_loss.chunks import Limits, check_head
 from liger_fn.functional.linear_loss.cross_entropy import (
     check_totals,
     items_of,

@@ -40,10 +40,10 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
+from liger_fn.functional.core.rules import dtype_inside
 from liger_fn.functional.linear_loss.chunks import (
     Limits,
     check_factors,
-    dtype_inside,
     dtypes_as_given,
     logits_of,
     pull_back,

@@ -20,7 +20,6 @@ from liger_fn.functional.activation.glu import glu_bwd_again, glu_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import accumulator, has_work
-from liger_fn.functional.linear_loss.chunks import dtype_inside
 
 
 def reference(
@@ -210,8 +209,7 @@ def fused_mlp(
     for name, p in parameters.items():
         if p is not None:
             check.floating(op, name, p)
-            if p.dtype is not x.dtype and dtype_inside(p) is not dtype_inside(x):
-                check.fail(op, name, f"have the dtype of `x`, {x.dtype}", p.dtype, TypeError)
+            check.dtype_inside(op, name, p, x, "x")
             check.device(op, name, p, x, "x")
     if gate_up.dim() != 2 or gate_up.shape[0] == 0 or gate_up.shape[0] % 2:
         contract = "have shape (2F, D) with a width F of at least 1"

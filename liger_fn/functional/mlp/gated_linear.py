@@ -21,7 +21,6 @@ from liger_fn.functional.activation.glu import check_glu, glu_bwd_again, glu_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import accumulator
-from liger_fn.functional.linear_loss.chunks import dtype_inside
 
 
 def reference(
@@ -169,8 +168,7 @@ def gated_linear(
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None:
             check.floating(op, name, p)
-            if p.dtype is not gate.dtype and dtype_inside(p) is not dtype_inside(gate):
-                check.fail(op, name, f"have the dtype of `gate`, {gate.dtype}", p.dtype, TypeError)
+            check.dtype_inside(op, name, p, gate, "gate")
             check.device(op, name, p, gate, "gate")
     if weight.dim() != 2 or weight.shape[1] != F or F == 0:
         contract = f"have shape (D, {F}), (D, F) with the width of the unit, at least 1"

@@ -44,7 +44,6 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.linear_loss.chunks import dtype_inside
 
 
 def reference(
@@ -614,8 +613,7 @@ def fused_moe(
     for name, p in parameters.items():
         if p is not None:
             check.floating(op, name, p)
-            if p.dtype is not x.dtype and dtype_inside(p) is not dtype_inside(x):
-                check.fail(op, name, f"have the dtype of `x`, {x.dtype}", p.dtype, TypeError)
+            check.dtype_inside(op, name, p, x, "x")
     for name, t in {"indices": indices, "weights": weights, **parameters}.items():
         if t is not None:
             check.device(op, name, t, x, "x")
