@@ -5,14 +5,29 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import rows as files
-from benchmarks.e2e import cli, curves, lengths, readme, report, trainee
+from benchmarks.e2e import (
+    breakdown,
+    cli,
+    curves,
+    figures,
+    lengths,
+    parts,
+    profile,
+    readme,
+    report,
+    trainee,
+)
+from benchmarks.e2e.breakdown import HOST, IDLE, KERNELS, WALL, Part
 from benchmarks.e2e.processes import Worker, how_it_ended
+from benchmarks.e2e.profile import Span
 from benchmarks.e2e.providers import Provider, find, is_name, missing
 from benchmarks.e2e.report import LONGEST, MEMORY, NUDGED, SPEED, Curve, Row
 from benchmarks.e2e.shapes import SHAPES
@@ -74,6 +89,13 @@ def curve(run="hf", losses="5 4 3", **facts) -> Curve:
     return Curve(run=run, losses=losses, **{**fixed, "device": "a chip", **facts})
 
 
+def profiled(provider="hf", ms=6.0, **facts) -> list[Part]:
+    """The rows of a step of three parts, of which additions take `ms`."""
+    found = {"additions": (ms, 4.0), "norms": (1.0, 2.0), "matrix products": (3.0, 2.0)}
+    whole = row(provider, step_ms=12.0, spread=0.01, version=f"{provider} 1", **facts)
+    return breakdown.parts_of(whole, {"busy_ms": ms + 3.5, "host_ms": 5.0, "parts": found})
+
+
 # Whole runs
 
 
@@ -98,6 +120,38 @@ def test_every_provider_that_runs_on_a_cpu(tmp_path, capsys):
         # The same batch at every step is learned.
         assert r.loss_last < r.loss_first == pytest.approx(math.log(320), abs=0.2)
         assert r.peak_mib is None
+
+
+def test_a_step_is_taken_apart(tmp_path, capsys, faults):
+    path = tmp_path / "rows.csv"
+    names = "hf,liger_fn+compile,faults:fill"
+    options = ("--steps", 2, "--warm-up", 1, "--providers", names, "--csv", path)
+    assert run("--mode", "e2e", "--profile", *options) == 0
+    out = capsys.readouterr().out
+    assert "tiny 2x32: ms of a step" in out
+    assert "out of memory: faults:fill, tiny 2x32: " in out
+
+    rows = files.read(path, Part)
+    assert {r.mode for r in rows} == {"profile"}
+    for provider in ("hf", "liger_fn+compile"):
+        mine = {r.part: r for r in rows if r.provider == provider}
+        kernels = [r for part, r in mine.items() if part in parts.PARTS]
+        assert {"matrix products", "attention", "norms", "optimizer"} <= mine.keys()
+        assert {WALL, HOST, IDLE} < mine.keys()
+        for quantity in ("ms", "launches", "share"):
+            total = sum(getattr(r, quantity) for r in kernels)
+            # Six digits are written of each.
+            assert total == pytest.approx(getattr(mine[KERNELS], quantity), rel=1e-4)
+        assert mine[KERNELS].share == 1
+        # Seven linear layers in each of two layers, and the head.
+        assert mine["matrix products"].launches >= 15
+        assert mine[WALL].ms > 0 < mine[HOST].ms
+        assert mine[WALL].launches is None
+        assert {(r.batch, r.seq, r.commit) for r in mine.values()} == {(2, 32, "abc")}
+    assert [r.verdict for r in rows if r.part == WALL] == ["the reference", "agrees"]
+    assert [(r.part, r.status) for r in rows if r.provider == "faults:fill"] == [
+        ("", "out of memory")
+    ]
 
 
 def test_what_goes_wrong_costs_one_row(tmp_path, capsys, faults):
@@ -327,6 +381,195 @@ def test_providers_by_name():
     assert missing("hf+compile", CPU) == ""
 
 
+# Where the time of a step goes
+
+NATIVE = "void at::native::"
+VECTORIZED = f"{NATIVE}vectorized_elementwise_kernel<8, at::native::"
+
+KERNEL_NAMES = {
+    "matrix products": (
+        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NTT",
+        "nvjet_sm90_tst_128x256_64x4_2x1_v_badd_coopB_TNT",
+        "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_splitK_TNN",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, __nv_bfloat16>",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x64_32x4_nn>",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
+        "aten::mm",
+        "aten::addmm",
+    ),
+    "attention": (
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x64x128",
+        "void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, 128>",
+        "void cudnn::fusion::convert_dq_to_16bits<true, __nv_bfloat16, 128>",
+        "void cudnn::fusion::fmha_reduce_head<__nv_bfloat16>",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>",
+        "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "experts": (
+        "_fused_moe_rows_kernel",
+        "_fused_moe_outer_kernel",
+        "_fused_moe_combine_kernel",
+        "_fused_up_proj_swiglu_kernel",
+    ),
+    "gated unit": (
+        "_glu_fwd_kernel",
+        "_glu_bwd_kernel",
+        "_swiglu_forward_kernel",
+        "_swiglu_backward_kernel",
+        "_geglu_tanh_forward_kernel",
+        f"{VECTORIZED}(anonymous namespace)::silu_kernel(at::TensorIteratorBase&)::lambda>",
+        "aten::silu_backward",
+    ),
+    "norms": (
+        "_norm_fwd_kernel",
+        "_norm_bwd_kernel",
+        "_add_parts_kernel",
+        "_rms_norm_forward_kernel",
+        "_rms_norm_backward_kernel",
+        f"{VECTORIZED}rsqrt_kernel_cuda(at::TensorIteratorBase&)::lambda>",
+        f"{NATIVE}reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float>>>",
+        "aten::rsqrt",
+    ),
+    "rope": (
+        "_rope_kernel",
+        "_triton_rope",
+        f"{NATIVE}(anonymous namespace)::CatArrayBatchedCopy_vectorized<OpaqueType<2u>>",
+        f"{VECTORIZED}neg_kernel_cuda(at::TensorIteratorBase&)::lambda>",
+        "aten::cat",
+    ),
+    "loss": (
+        "_cross_entropy_kernel",
+        "_times_scalar_kernel",
+        "liger_cross_entropy_kernel",
+        "element_mul_kernel",
+        f"{NATIVE}(anonymous namespace)::cunn_SoftMaxForward<4, float, LogSoftMaxForwardEpilogue>",
+        f"{NATIVE}(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d<float>",
+        "aten::_log_softmax_backward_data",
+    ),
+    "embedding": ("_embedding_bwd_kernel", "aten::embedding_dense_backward"),
+    "additions": (
+        f"{VECTORIZED}CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul> >",
+        "aten::add_",
+    ),
+    "other elementwise": (
+        f"{VECTORIZED}BinaryFunctor<float, float, float, at::native::binary_internal::MulFunctor>>",
+        f"{NATIVE}reduce_kernel<128, 4, at::native::ReduceOp<float, at::native::func_wrapper_t>>",
+        "aten::mul",
+    ),
+    parts.INDUCTOR: (
+        "triton_poi_fused_add_rms_norm_bwd_view_1",
+        "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_3",
+        "triton_per_fused_nll_loss_backward_7",
+        "triton_poi_fused__scaled_dot_product_flash_attention_transpose_2",
+    ),
+    "optimizer": (
+        f"{NATIVE}(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous"
+        " namespace)::FusedOptimizerTensorListMetadata<4>",
+        "aten::_fused_adamw_",
+    ),
+    "copies and memsets": (
+        "Memset (Device)",
+        "Memcpy DtoD",
+        f"{VECTORIZED}bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)::lambda>",
+        f"{VECTORIZED}FillFunctor<float>, std::array<char*, 1ul> >",
+        "aten::copy_",
+    ),
+    parts.OTHER: (
+        "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<>",
+        "a_kernel_with_properties",
+        "autograd::engine::evaluate_function: MmBackward0",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", KERNEL_NAMES)
+def test_a_kernel_s_name_says_what_it_is_for(part):
+    assert {name: parts.part_of(name) for name in KERNEL_NAMES[part]} == dict.fromkeys(
+        KERNEL_NAMES[part], part
+    )
+
+
+def test_every_part_has_names_and_a_colour():
+    assert list(KERNEL_NAMES) == list(parts.PARTS)
+    assert list(figures._PART_COLORS) == [*parts.PARTS, IDLE]
+
+
+def event(name, start, end, device=DeviceType.CUDA, **facts):
+    time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    fixed = {"device_type": device, "is_user_annotation": False, "time_range": time}
+    return SimpleNamespace(name=name, **{**fixed, **facts})
+
+
+def test_only_kernels_count():
+    events = [
+        event("_rope_kernel", 2.0, 5.0),
+        event("ProfilerStep*", 0.0, 9.0),
+        event("Optimizer.step#AdamW.step", 0.0, 9.0),
+        event("Context Sync", 0.0, 9.0),
+        event("what somebody has named", 0.0, 9.0, is_user_annotation=True),
+        event("cudaLaunchKernel", 0.0, 1.0, DeviceType.CPU),
+    ]
+    found = list(profile.spans_of(events, DeviceType.CUDA))
+    assert found == [Span("_rope_kernel", 2.0, 5.0, 3.0)]
+
+
+def test_an_operator_s_time_is_its_own():
+    events = [event("aten::linear", 0.0, 9.0, DeviceType.CPU, self_cpu_time_total=1.5)]
+    found = list(profile.spans_of(events, DeviceType.CPU))
+    assert found == [Span("aten::linear", 0.0, 9.0, 1.5)]
+
+
+def test_kernels_that_run_at_once_are_busy_once():
+    def span(start, end, name="_rope_kernel"):
+        return Span(name, start, end, end - start)
+
+    spans = [span(10.0, 14.0), span(0.0, 4.0), span(1.0, 2.0), span(3.0, 6.0, "Memset (Device)")]
+    assert profile.busy_us(spans) == 6 + 4
+    assert profile.by_part(spans) == {"rope": (9.0, 3), "copies and memsets": (3.0, 1)}
+
+
+def test_the_rows_of_a_step():
+    rows = profiled()
+    assert [(r.part, r.ms, r.launches, r.share) for r in rows] == [
+        ("matrix products", 3.0, 2.0, 0.3),
+        ("norms", 1.0, 2.0, 0.1),
+        ("additions", 6.0, 4.0, 0.6),
+        (KERNELS, 10.0, 8.0, 1.0),
+        (WALL, 12.0, None, None),
+        (HOST, 5.0, None, None),
+        (IDLE, 2.5, None, None),
+    ]
+    # Under the profiler the kernels have taken longer than the step without it.
+    assert profiled(ms=9.0)[-1].ms == 0
+    assert [(r.part, r.note) for r in profiled(status="crashed", note="why")] == [("", "why")]
+
+
+def test_a_table_shows_the_parts_of_right_steps():
+    rows = [*profiled(), *profiled("a", 5.0), *profiled("b", verdict="differs: loss_first")]
+    faster = [replace(r, ms=11.0) if (r.provider, r.part) == ("a", WALL) else r for r in rows]
+    crashed = profiled("c", status="crashed")
+    assert breakdown.grids([*faster, *crashed]) == [
+        [
+            ["tiny 2x32: ms of a step", "hf", "a", "b", "c"],
+            ["matrix products", "3.00", "3.00", "-", "-"],
+            ["norms", "1.00", "1.00", "-", "-"],
+            ["additions", "6.00", "5.00", "-", "-"],
+            [KERNELS, "10.00", "9.00", "-", "-"],
+            [WALL, "12.00", "11.00*", "differs", "crashed"],
+            [HOST, "5.00", "5.00", "-", "-"],
+            [IDLE, "2.50", "3.50", "-", "-"],
+        ]
+    ]
+
+
+def test_rounds_of_profiles_are_one_number_and_older_runs_none():
+    old = profiled(ms=50.0, date="2025-01-01T00:00:00")
+    rows = report.latest([*old, *profiled(ms=1.0), *profiled(ms=2.0), *profiled(ms=6.0)])
+    assert breakdown.values(rows)["tiny 2x32", "hf", "additions"] == 2.0
+
+
 # Rows
 
 
@@ -444,11 +687,13 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """Results of both modes in a repository of their own."""
+    """Results of all kinds in a repository of their own."""
     results = tmp_path / "results"
     rows = [row("hf"), row("liger_fn", 150.0, version="liger_fn 1", peak_mib=1024.0)]
     lost = [curve("liger", "", status="crashed", note="why")]
     files.append(results / "h" / "e2e" / "steps.csv", Row, rows)
+    apart = [*profiled(), *profiled("liger_fn", 4.0)]
+    files.append(results / "h" / "e2e" / "profile.csv", Part, apart)
     runs = [curve(), curve(NUDGED, "5 4.1 3"), curve("liger_fn", "5 4 3.1"), *lost]
     files.append(results / "h" / "curves" / "losses.csv", Curve, runs)
     git(tmp_path, "init")
@@ -463,11 +708,13 @@ def test_figures(committed, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     assert run("--mode", "e2e", "--plot") == 0
     assert run("--mode", "curves", "--plot") == 0
+    assert run("--mode", "e2e", "--profile", "--plot") == 0
     drawn = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.name for path in drawn] == [
         "a_chip-e2e-tokens_per_s.png",
         "a_chip-e2e-peak_mib.png",
         "a_chip-curves.png",
+        "a_chip-e2e-profile.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
@@ -475,6 +722,7 @@ def test_figures(committed, capsys):
 def test_tables_of_committed_results(committed, capsys):
     assert run("--mode", "e2e", "--table") == 0
     assert run("--mode", "curves", "--table") == 0
+    assert run("--mode", "e2e", "--profile", "--table") == 0
     out = capsys.readouterr().out
     assert "150 (1.50x)*" in out
     assert (
@@ -482,6 +730,7 @@ def test_tables_of_committed_results(committed, capsys):
         in out
     )
     assert "llama-small bfloat16  hf, nudged" in out
+    assert ["additions", "6.00", "4.00"] in [line.split() for line in out.splitlines()]
 
 
 def test_results_that_are_not_committed_are_not_shown(committed, tmp_path, capsys):
@@ -505,6 +754,9 @@ def test_tables_are_inserted_between_markers(committed, tmp_path):
     assert "| tokens/s | hf | liger_fn |\n| --- | --- | --- |\n" in text
     assert "| tiny 2x32 | 100 | **150 (1.50x)** |" in text
     assert "| llama-small bfloat16 | liger_fn |" in text
+    assert "| tiny 2x32: ms of a step | hf | liger_fn |\n| --- | --- | --- |\n" in text
+    assert "| additions | 6.00 | 4.00 |" in text
+    assert f"| {KERNELS} | 10.00 | 8.00 |" in text
     assert run("--mode", "e2e", "--insert", page) == 0
     assert page.read_text() == text
 
@@ -524,7 +776,8 @@ def test_the_readme_shows_what_is_committed():
     between = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
     steps = [r for path in cli.results("e2e") for r in files.read(path, Row)]
     runs = [c for path in cli.results("curves") for c in files.read(path, Curve)]
-    assert between == readme.section(steps, runs)
+    apart = [p for path in cli.results("profile") for p in files.read(path, Part)]
+    assert between == readme.section(steps, runs, apart)
 
 
 # The command line
@@ -538,6 +791,7 @@ def test_the_readme_shows_what_is_committed():
         (["--steps", "0"], "--steps: must be 1 at least"),
         (["--batch", "0"], "--batch: must be 1 at least"),
         (["--dtype", "float8"], "'float8' is not one of"),
+        (["--profile", "--lengths"], "--profile: is for the steps of e2e, without --lengths"),
     ],
 )
 def test_what_is_not_understood_is_said(arguments, sentence, capsys):

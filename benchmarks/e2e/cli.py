@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from benchmarks import rows as files
 from benchmarks.command_line import among, commit, device, device_name, names_a_mode
-from benchmarks.e2e import curves, figures, readme, report
+from benchmarks.e2e import breakdown, curves, figures, readme, report
+from benchmarks.e2e.breakdown import Part
 from benchmarks.e2e.processes import ROOT, Worker
 from benchmarks.e2e.providers import NAMES, REFERENCE, is_name, missing
 from benchmarks.e2e.report import NUDGED, Curve, Row
@@ -30,10 +31,14 @@ MODES = ("e2e", "curves")
 DESCRIPTION = """
 e2e trains models of Hugging Face with random weights for some steps (forward, backward, fused
 AdamW) as they are, compiled, and patched, each in a process of its own, and compares tokens per
-second, memory and losses. curves trains small ones on real text, and compares their losses.
+second, memory and losses; with --profile it says what the time of a step goes into. curves trains
+small ones on real text, and compares their losses.
 """
 PLOTS = ROOT / "benchmarks" / "plots"
 RESULTS = ROOT / "benchmarks" / "results"
+
+# What a run writes down, by what it measures.
+ROWS = {"e2e": Row, "curves": Curve, "profile": Part}
 
 # For so many cores one process more may import while another one measures.
 _CORES_EACH = 8
@@ -53,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(options)
             return 0
         if options.csv:
-            files.append(options.csv, _kind(options.mode), [])
+            files.append(options.csv, ROWS[options.what], [])
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
             run = Run(options, Path(folder))
-            return run.curves() if options.mode == "curves" else run.steps()
+            runs = {"e2e": run.steps, "profile": run.profiles, "curves": run.curves}
+            return runs[options.what]()
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -77,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpointing", action="store_true", help="recompute each layer in the backward pass")
     add("--lora", action="store_true", help="train adapters beside frozen linear layers")
     add("--lengths", action="store_true", help="search the longest sequence that fits instead")
+    add("--profile", action="store_true", help="say what the time of a step goes into instead")
     add("--longest", type=int, default=2**20, help="where that search ends in any case")
     add("--batch", type=int, help="default: the model's; the length search has one sequence")
     add("--seq", type=int, help="default: the model's; of --config, 1 and 2048")
@@ -108,6 +115,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ]
     if options.config and in_curves:
         parser.error("--config: is for e2e; to train on text: python -m liger_fn train --config")
+    if options.profile and (options.lengths or in_curves):
+        parser.error("--profile: is for the steps of e2e, without --lengths")
+    options.what = "profile" if options.profile else options.mode
     names = [name for name in options.providers.split(",") if name]
     for name in names:
         if not is_name(name):
@@ -149,6 +159,18 @@ class Run:
             self._write(Row, rows[-1])
         print("\n" + report.tables(rows, bold=sys.stdout.isatty()))
         return self._finish(report.remarks(rows))
+
+    def profiles(self) -> int:
+        """Take training steps apart, and print what they consist of."""
+        rows: list[Row] = []
+        parts: list[Part] = []
+        for task, facts in self._measure(step_tasks(self.options, self._present())):
+            rows.append(self._row(task, facts, rows))
+            found = breakdown.parts_of(rows[-1], facts)
+            parts += found
+            self._write(Part, *found)
+        print("\n" + breakdown.tables(parts, bold=sys.stdout.isatty()))
+        return self._finish(report.remarks(parts))
 
     def curves(self) -> int:
         """Train on real text, and print how far the losses are apart."""
@@ -242,9 +264,9 @@ class Run:
         run = NUDGED if task.nudge else task.provider
         return Curve(task.shape, task.dtype, run, **known(Curve, facts), **self.about)
 
-    def _write(self, kind: type, row: Any) -> None:
+    def _write(self, kind: type, *rows: Any) -> None:
         if self.options.csv:
-            files.append(self.options.csv, kind, [row])
+            files.append(self.options.csv, kind, rows)
 
 
 def known(kind: type, facts: dict[str, Any]) -> dict[str, Any]:
@@ -286,8 +308,9 @@ def step_tasks(options: argparse.Namespace, providers: Sequence[str]) -> list[Ta
 
 def _step_task(options: argparse.Namespace, name: str, dtype: str, provider: str) -> Task:
     shape = SHAPES.get(name, Shape("", {}, batch=1, seq=2048))
+    kind = "lengths" if options.lengths else "profile" if options.profile else "steps"
     return Task(
-        kind="lengths" if options.lengths else "steps",
+        kind=kind,
         shape=name,
         provider=provider,
         device=str(options.device),
@@ -347,33 +370,35 @@ def about(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _kind(mode: str) -> type:
-    return Curve if mode == "curves" else Row
-
-
-def results(mode: str) -> list[Path]:
-    """The files of a mode among the committed results."""
-    return sorted(RESULTS.glob(f"*/{mode}/*.csv"))
+def results(what: str) -> list[Path]:
+    """The files of one kind among the committed results; profiles lie beside the other steps."""
+    if what == "profile":
+        return sorted(RESULTS.glob("*/e2e/profile*.csv"))
+    found = sorted(RESULTS.glob(f"*/{what}/*.csv"))
+    return [path for path in found if not path.name.startswith("profile")]
 
 
 def show(options: argparse.Namespace) -> None:
     """Plot, print or insert what was measured before."""
     if options.insert:
-        rows = figures.read(results("e2e"), Row)
-        readme.insert(options.insert, rows, figures.read(results("curves"), Curve))
-    paths = [options.csv] if options.csv else results(options.mode)
-    in_curves = options.mode == "curves"
+        found = (figures.read(results(what), kind) for what, kind in ROWS.items())
+        readme.insert(options.insert, *found)
+    what = options.what
+    paths = [options.csv] if options.csv else results(what)
     if options.plot:
-        drawn = figures.read(paths, _kind(options.mode))
-        for path in (figures.draw_curves if in_curves else figures.draw_steps)(drawn, PLOTS):
+        for path in figures.DRAW[what](figures.read(paths, ROWS[what]), PLOTS):
             print(path)
     if options.table:
         for path in paths:
-            print(f"{path}\n")
-            found = files.read(path, _kind(options.mode))
-            if in_curves:
-                print(columns(report.curve_grid(found), False))
-            else:
-                found = report.latest(found)
-                print(report.tables(found, bold=sys.stdout.isatty()))
-                print("\n".join([*report.advice(found), *report.remarks(found)]))
+            print(f"{path}\n\n{_told(what, files.read(path, ROWS[what]))}")
+
+
+def _told(what: str, rows: Sequence[Any]) -> str:
+    """Rows in words, for a terminal."""
+    bold = sys.stdout.isatty()
+    if what == "curves":
+        return columns(report.curve_grid(rows), False)
+    rows = report.latest(rows)
+    if what == "profile":
+        return "\n".join([breakdown.tables(rows, bold), *report.remarks(rows)])
+    return "\n".join([report.tables(rows, bold), *report.advice(rows), *report.remarks(rows)])

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.e2e import breakdown
+from benchmarks.e2e.breakdown import Part
 from benchmarks.e2e.report import (
     QUANTITIES,
     Curve,
@@ -18,9 +20,9 @@ BEGIN, END = "<!-- benchmarks e2e: begin -->", "<!-- benchmarks e2e: end -->"
 NOTHING = "Nothing is committed yet: the command below makes the rows."
 
 
-def insert(page: Path, rows: Sequence[Row], curves: Sequence[Curve]) -> None:
+def insert(page: Path, rows: Sequence[Row], curves: Sequence[Curve], parts: Sequence[Part]) -> None:
     """Write the tables between the markers of a page."""
-    put_between(page, BEGIN, END, section(rows, curves))
+    put_between(page, BEGIN, END, section(rows, curves, parts))
 
 
 def put_between(page: Path, begin: str, end: str, section: str) -> None:
@@ -36,31 +38,38 @@ def put_between(page: Path, begin: str, end: str, section: str) -> None:
     page.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
 
 
-def section(rows: Sequence[Row], curves: Sequence[Curve]) -> str:
+def section(rows: Sequence[Row], curves: Sequence[Curve], parts: Sequence[Part]) -> str:
     """All that the rows say, device by device, in Markdown."""
-    rows = latest(rows)
-    devices = dict.fromkeys([r.device for r in rows] + [c.device for c in curves])
-    parts = [
+    rows, parts = latest(rows), latest(parts)
+    devices = dict.fromkeys(row.device for row in (*rows, *curves, *parts))
+    told = [
         _device(
-            device,
-            [row for row in rows if row.device == device],
-            [curve for curve in curves if curve.device == device],
+            device, *([r for r in kind if r.device == device] for kind in (rows, curves, parts))
         )
         for device in devices
     ]
-    return "\n\n".join(parts) or NOTHING
+    return "\n\n".join(told) or NOTHING
 
 
-def _device(device: str, rows: Sequence[Row], curves: Sequence[Curve]) -> str:
+def _device(
+    device: str, rows: Sequence[Row], curves: Sequence[Curve], parts: Sequence[Part]
+) -> str:
     grids = [grid(rows, quantity) for quantity in QUANTITIES]
     if curves:
         grids.append(curve_grid(curves))
-    parts = [_heading(device, [*rows, *curves]), *(table(lines) for lines in grids if lines)]
-    said = [*advice(rows), *remarks(rows)]
-    return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in said)] if said else [])])
+    apart = breakdown.grids(parts)
+    said = [f"- {line}" for line in (*advice(rows), *remarks([*rows, *parts]))]
+    blocks = [
+        _heading(device, [*rows, *curves, *parts]),
+        *(table(lines) for lines in grids if lines),
+        breakdown.MEANING if apart else "",
+        *(table(lines) for lines in apart),
+        "\n".join(said),
+    ]
+    return "\n\n".join(block for block in blocks if block)
 
 
-def _heading(device: str, rows: Sequence[Row | Curve]) -> str:
+def _heading(device: str, rows: Sequence[Row | Curve | Part]) -> str:
     def all_of(name: str) -> str:
         return ", ".join(dict.fromkeys(getattr(row, name) for row in rows if getattr(row, name)))
 

@@ -148,7 +148,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def label(row: Row) -> str:
     """A model with its batch, where that is its own and not what is searched for."""
-    size = f" {row.batch:.0f}x{row.seq:.0f}" if row.mode == "e2e" else ""
+    size = f" {row.batch:.0f}x{row.seq:.0f}" if row.mode != "lengths" else ""
     return row.shape + size + (f", {row.variant}" if row.variant else "")
 
 

@@ -30,7 +30,7 @@ class Task:
     """What one process does; everything that a provider must have in common with the others.
 
     Attributes:
-        kind: "steps", "lengths" or "curve".
+        kind: "steps", "profile", "lengths" or "curve".
         shape: the name of one, or the path of a configuration.
         seconds: when the search for a length begins no further step.
         longest: where it ends in any case.
@@ -204,7 +204,12 @@ def make_config(task: Task) -> Any:
 def measure_steps(task: Task, provider: Provider, tell: Tell) -> dict[str, Any]:
     """Train on one batch: times, memory, the loss at both ends, the gradient at the first."""
     trainee = Trainee(task, provider, tell)
-    batch = trainee.tokens(task.batch, task.seq)
+    return measure_training(trainee, trainee.tokens(task.batch, task.seq), tell)
+
+
+def measure_training(trainee: Trainee, batch: Tensor, tell: Tell) -> dict[str, Any]:
+    """The same of a model that is there."""
+    task = trainee.task
     tell(doing="first step")
     trainee.synchronize()
     start = time.perf_counter()
@@ -223,7 +228,7 @@ def measure_steps(task: Task, provider: Provider, tell: Tell) -> dict[str, Any]:
         losses.append(trainee.step(batch))
         laps.lap()
     values = torch.stack(losses).tolist()
-    return laps.facts(task.batch * task.seq) | {
+    return laps.facts(batch.numel()) | {
         "loss_first": values[0],
         "loss_last": values[-1],
         "steps": len(values),

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.e2e import curves, lengths, trainee
+from benchmarks.e2e import curves, lengths, profile, trainee
 from benchmarks.e2e.providers import Provider, find
 from benchmarks.e2e.trainee import Task, Tell, is_out_of_memory
 from benchmarks.providers import first_line
 
 MEASURES: dict[str, Callable[[Task, Provider, Tell], dict[str, Any]]] = {
     "steps": trainee.measure_steps,
+    "profile": profile.measure_profile,
     "lengths": lengths.measure_lengths,
     "curve": curves.measure_curve,
 }
