@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 
 # Read when torch is imported; pytest-xdist runs one worker per core already.
 for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -15,6 +16,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Apart from what Inductor wrote for other programs, and from what another worker is writing.
+_inductor = tempfile.TemporaryDirectory(prefix="liger_fn-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 import pytest
 import torch
