@@ -115,8 +115,8 @@ def test_from_itself_a_head_is_at_a_distance_of_0(op, heads, labels):
     loss = op(weight, x, weight, x, labels, temperature=3.0, hard_weight=0.5)
     hard = 0.5 * fused_linear_cross_entropy(weight, x, labels)
     torch.testing.assert_close(loss, hard)
-    if op is fused_linear_tvd:
-        return  # the slope of |q - p| jumps there, and rounding chooses a side
+    if op is fused_linear_tvd and weight.is_cuda:
+        return  # the slope of |q - p| jumps there, and the compiler's roundings choose a side
     torch.testing.assert_close(
         torch.autograd.grad(loss, (weight, x)), torch.autograd.grad(hard, (weight, x))
     )

@@ -140,10 +140,13 @@ class OpSpec:
         sizes: larger, ragged, empty and odd calls, for accuracy alone.
         rows: the arguments that share rows: vmap must give the reference's answer when it maps a
             new dimension of any or all of them. In the first case the first size of all is free.
-        slack: how much more error than the baseline is allowed, per dtype; each with its reason
+        slack: how much more error than the baseline is allowed, per dtype; of float64, where the
+            truth itself is rounded, how much more than a few roundings; each with its reason
             beside it.
         autocast: whether autocast casts the differentiable inputs (of a float32 call) or leaves
             them alone; or the names of all that it casts.
+        parted: arguments by row whose gradient is a sum within the row, in as many parts as the
+            number of rows leaves multiprocessors for: its last bits depend on that number.
         symbolic: whether this PyTorch can trace the second derivative with symbolic sizes.
         launches: the configurations of its launches that can be swept.
         huge: a call whose `rows` pass 2^31 elements, with results by row, for GPUs that hold it.
@@ -160,6 +163,7 @@ class OpSpec:
     errors: tuple[BadCall, ...] = ()
     kernels: Callable[[], Sequence[Compilation]] = tuple
     benchmarks: tuple[Benchmark, ...] = ()
+    parted: tuple[str, ...] = ()
     symbolic: bool = True
     launches: tuple[Launch, ...] = ()
     autocast: bool | tuple[str, ...] = False

@@ -72,7 +72,11 @@ def _compare(
     assert torch.equal(a.isnan(), truth.isnan()), f"{what}: NaN in other places"
     error, theirs = (_norm([(t.double() - truth).nan_to_num(nan=0.0)]) for t in (a, baseline))
     size = _norm([truth.nan_to_num(nan=0.0)])
-    allowed = slack * theirs + _rounding(a.dtype) * size + cancelled
+    rounding = _rounding(a.dtype) * size
+    if a.dtype is torch.float64:
+        # The baseline is as good as the truth, which errs like us: slack is in that error.
+        rounding *= slack
+    allowed = slack * theirs + rounding + cancelled
     assert error <= allowed, (
         f"{what}: error {error:.2e} where {allowed:.2e} is allowed (baseline {theirs:.2e}, "
         f"norm {size:.2e})"
@@ -89,7 +93,7 @@ def _rounding(dtype: torch.dtype) -> float:
     if dtype is torch.bfloat16 and interpreted():
         return eps  # Triton's interpreter truncates float32 to bfloat16
     if dtype is torch.float64:
-        return 32 * eps  # the truth, a sum of many terms in this very type, errs as much as we do
+        return 8 * eps  # a few operations in this very type, of ours and of the truth
     if accumulator(dtype) is dtype:
         return 4 * eps  # a few operations in this very type
     return eps / 2  # one rounding to nearest

@@ -1,6 +1,6 @@
 """What the specs of the divergences of two heads share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -49,22 +49,31 @@ def case(
     return Case(id or "x".join(map(str, shape)), make)
 
 
-def baseline(terms: Callable) -> Callable:
-    """The op with its logits, as trainers write it; `terms` of log probabilities is the last step.
+def of_distributions(terms: Callable) -> Callable:
+    """The loss of rows of both logits: a sum of `terms`, of log probabilities, over the classes."""
+
+    def rows(z, y, temperature=1.0, **options):
+        log_q, log_p = ((t / temperature).log_softmax(-1) for t in (z, y))
+        return terms(log_q, log_p, **options).sum(-1)
+
+    return rows
+
+
+def baseline(rows: Callable) -> Callable:
+    """The op with its logits, as trainers write it; `rows` gives the loss of rows of both.
 
     Its arithmetic on the logits is in float32, whatever their dtype.
     """
 
     def call(
         weight, x, teacher_weight, teacher_x, labels=None, chunk_size=None, *, bias=None,
-        teacher_bias=None, temperature=1.0, hard_weight=0.0, ignore_index=-100, reduction="mean",
-        num_items=None, memory_budget=None, **options,
+        teacher_bias=None, hard_weight=0.0, ignore_index=-100, reduction="mean", num_items=None,
+        memory_budget=None, **options,
     ):  # fmt: skip
         compute = room.compute_dtype(x, teacher_x)
         z = F.linear(x, weight, bias).to(compute)
         y = F.linear(teacher_x, teacher_weight, teacher_bias).to(compute)
-        log_q, log_p = ((t / temperature).log_softmax(-1) for t in (z, y))
-        loss = terms(log_q, log_p, **options).sum(-1)
+        loss = rows(z, y, **options)
         count = max(loss.numel(), 1)
         if labels is not None:
             live = labels != ignore_index
@@ -226,22 +235,23 @@ def errors(op: str) -> tuple[BadCall, ...]:
 def spec(
     op: Callable,
     module: ModuleType,
-    terms: Callable,
+    rows: Callable,
     cases: Sequence[Case],
     more_sizes: Sequence[Case] = (),
     more_errors: Sequence[BadCall] = (),
     kinds: Sequence[tuple[str, float]] = (),
     benchmarks: Sequence[Benchmark] = (),
+    slack: Mapping[torch.dtype, float] | None = None,
 ) -> OpSpec:
     return OpSpec(
         op=op,
         reference=module.reference,
-        baseline=baseline(terms),
+        baseline=baseline(rows),
         grads=("weight", "x", "bias"),
         rows=("x", "teacher_x", "labels"),
         autocast=FACTORS,
         # The logits, as rounded, err alike; how sums and exp are computed changes a little of it.
-        slack={torch.bfloat16: 1.01, torch.float16: 1.01},
+        slack={torch.bfloat16: 1.01, torch.float16: 1.01, **(slack or {})},
         cases=tuple(cases),
         sizes=(*sizes(), *more_sizes),
         errors=(*errors(op.__name__), *more_errors),

@@ -2,7 +2,13 @@
 
 from liger_fn.functional import fused_linear_tvd
 from liger_fn.functional.linear_loss import tvd as room
-from liger_fn.testing.specs.fused_linear_divergence import SHAPES, benchmark, case, spec
+from liger_fn.testing.specs.fused_linear_divergence import (
+    SHAPES,
+    benchmark,
+    case,
+    of_distributions,
+    spec,
+)
 
 
 def terms(log_q, log_p):
@@ -12,7 +18,7 @@ def terms(log_q, log_p):
 SPEC = spec(
     op=fused_linear_tvd,
     module=room,
-    terms=terms,
+    rows=of_distributions(terms),
     cases=(
         case(4, 3, 7, chunk_size=3, bias=True, labelled=True, hard_weight=0.5, id="chunks-of-3"),
         case(2, 3, 5, 9, id="one-chunk"),

@@ -10,6 +10,7 @@ SPEC = OpSpec(
     reference=room.reference,
     grads=("x", "scale", "shift"),
     rows=("x", "scale", "shift"),
+    parted=("scale", "shift"),
     cases=modulated.CASES,
     sizes=modulated.SIZES,
     errors=modulated.errors("modulated_layer_norm"),

@@ -10,6 +10,7 @@ SPEC = OpSpec(
     reference=room.reference,
     grads=("x", "scale", "shift", "weight"),
     rows=("x", "scale", "shift"),
+    parted=("scale", "shift"),
     cases=(
         *modulated.CASES,
         modulated.case(2, 3, 6, weight=True, id="weight"),
