@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.e2e import breakdown
 from benchmarks.e2e.breakdown import Part
@@ -60,7 +61,7 @@ def _device(
     apart = breakdown.grids(parts)
     said = [f"- {line}" for line in (*advice(rows), *remarks([*rows, *parts]))]
     blocks = [
-        _heading(device, [*rows, *curves, *parts]),
+        heading(device, [*rows, *curves, *parts]),
         *(table(lines) for lines in grids if lines),
         breakdown.MEANING if apart else "",
         *(table(lines) for lines in apart),
@@ -69,7 +70,9 @@ def _device(
     return "\n\n".join(block for block in blocks if block)
 
 
-def _heading(device: str, rows: Sequence[Row | Curve | Part]) -> str:
+def heading(device: str, rows: Sequence[Any]) -> str:
+    """What all rows of a device were measured with."""
+
     def all_of(name: str) -> str:
         return ", ".join(dict.fromkeys(getattr(row, name) for row in rows if getattr(row, name)))
 

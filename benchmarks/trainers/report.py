@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.e2e.readme import table
+from benchmarks.e2e.readme import NOTHING, heading, table
+from benchmarks.e2e.report import AGREES, DIFFERS
 from benchmarks.trainers.providers import REFERENCE
 
 BEGIN, END = "<!-- benchmarks trl: begin -->", "<!-- benchmarks trl: end -->"
-NOTHING = "Nothing is committed yet: the command below makes the rows."
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Row:
     date: str = ""
 
 
-AGREES, DIFFERS = "agrees", "differs"
 # Of numbers of size one or more: rounding each token's loss once, and through a few steps four
 # times, as for whole models. In float32 sums of many tokens are in another order.
 _ALLOWED = {"bfloat16": 4 * 2**-8, "float32": 2**-16}
@@ -164,17 +163,7 @@ def section(rows: Sequence[Row]) -> str:
     parts = []
     for device in dict.fromkeys(row.device for row in rows):
         of_device = [row for row in rows if row.device == device]
-        parts += [_heading(device, of_device), table(grid(of_device))]
+        parts += [heading(device, of_device), table(grid(of_device))]
         if said := remarks(of_device):
             parts.append("\n".join(f"- {line}" for line in said))
     return "\n\n".join(parts) or NOTHING
-
-
-def _heading(device: str, rows: Sequence[Row]) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(getattr(row, name) for row in rows if getattr(row, name)))
-
-    return (
-        f"{device}; torch {all_of('torch')}, triton {all_of('triton')},"
-        f" transformers {all_of('transformers')}; {all_of('version')}; commit {all_of('commit')}:"
-    )

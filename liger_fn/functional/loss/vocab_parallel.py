@@ -17,7 +17,8 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.linear_loss.logprobs import fused_linear_logprobs
-from liger_fn.functional.loss.cross_entropy import REDUCTIONS
+from liger_fn.functional.loss.cross_entropy import REDUCTIONS, check_target
+from liger_fn.functional.loss.divergence import reduced
 from liger_fn.functional.loss.logprobs import logprobs
 
 
@@ -50,9 +51,7 @@ def _of_shards(
     whole = whole + (own_lse - whole).exp() * (lse - own_lse)
     loss = whole - (whole_z_t + (z_t - own_z_t))
     loss = loss.masked_fill(found == 0, torch.nan).masked_fill(~live, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / live.sum().clamp(min=1)
+    return reduced(loss, target, ignore_index, reduction)
 
 
 def _over(t: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
@@ -101,8 +100,7 @@ def vocab_parallel_cross_entropy(
     op = "vocab_parallel_cross_entropy"
     check.floating(op, "logits", logits)
     check.at_least_1d(op, "logits", logits)
-    check.integer(op, "target", target)
-    check.shape(op, "target", target, logits.shape[:-1], "that of `logits` without its last size")
+    check_target(op, "target", target, logits, "logits")
 
     def of(y: Tensor, **options):
         return logprobs(logits, y, softcap=softcap, logit_scale=logit_scale, **options)

@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from liger_fn.functional.activation import gated_activation
 from liger_fn.functional.activation.gated_activation import check_unit, unit_of
-from liger_fn.functional.activation.glu import glu_bwd_again, glu_fwd
+from liger_fn.functional.activation.glu import glu_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.launch import accumulator, has_work
+from liger_fn.functional.core.launch import has_work
+from liger_fn.functional.mlp.gated_linear import sum_of_rows, unit_and_layer_bwd
 
 
 def reference(
@@ -77,10 +78,6 @@ def fused_mlp_fwd(
     return y, h.view(*tokens, width), None if recompute else a.view(*tokens, width // 2)
 
 
-def _summed(rows: Tensor) -> Tensor:
-    return rows.sum(0, dtype=accumulator(rows.dtype)).to(rows.dtype)
-
-
 def fused_mlp_bwd(
     x: Tensor,
     gate_up: Tensor,
@@ -119,27 +116,18 @@ def fused_mlp_bwd(
     )
     (width, D), gradients = gate_up.shape, {}
     h, dy = h.reshape(-1, width), dy.reshape(-1, D)
-    if need_ddown_bias:
-        gradients["down_bias"] = _summed(dy)
     need_dh = need_dx or need_dgate_up or need_dgate_up_bias
-    again = need_ddown and a is None
-    if need_dh:
-        dh, _, made = glu_bwd_again(h, None, dy.mm(down), unit, True, False, again)
-        a = made if again else a
-    elif again:
-        (a,) = glu_fwd(h, None, unit)
-    if need_ddown:
-        gradients["down"] = dy.t().mm(a.reshape(-1, width // 2))
-    # Not needed again, while a wide tensor is still to come.
-    del a
-
-    if need_dh:
-        if need_dgate_up:
-            gradients["gate_up"] = dh.t().mm(x.reshape(-1, D))
-        if need_dgate_up_bias:
-            gradients["gate_up_bias"] = _summed(dh)
-        if need_dx:
-            gradients["x"] = dh.mm(gate_up).view(x.shape)
+    dh, _, gradients["down"] = unit_and_layer_bwd(
+        h, None, a, down, dy, unit, need_dh, False, need_ddown
+    )
+    if need_ddown_bias:
+        gradients["down_bias"] = sum_of_rows(dy)
+    if need_dgate_up:
+        gradients["gate_up"] = dh.t().mm(x.reshape(-1, D))
+    if need_dgate_up_bias:
+        gradients["gate_up_bias"] = sum_of_rows(dh)
+    if need_dx:
+        gradients["x"] = dh.mm(gate_up).view(x.shape)
     return tuple(gradients[name] if need else None for name, (_, need) in needs.items())
 
 

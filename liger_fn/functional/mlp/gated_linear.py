@@ -11,6 +11,7 @@ registers, writes `a` once more: 12 bytes per element of a 2-byte `a` in place o
 """
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -68,6 +69,38 @@ def gated_linear_fwd(
     return (functional.linear(a.view(math.prod(tokens), F), weight, bias).view(*tokens, D),)
 
 
+def unit_and_layer_bwd(
+    gate: Tensor,
+    up: Tensor | None,
+    a: Tensor | None,
+    weight: Tensor,
+    dy: Tensor,
+    unit: dict[str, Any],
+    need_dgate: bool,
+    need_dup: bool,
+    need_dweight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Give dgate, dup and dweight, each if it is needed; dy is (N, D).
+
+    Without `a`, what is between the two, the kernel of the unit's gradient makes it again.
+    """
+    F = weight.shape[1]
+    dgate, dup, again = None, None, need_dweight and a is None
+    if need_dgate or need_dup:
+        da = dy.mm(weight).view(*gate.shape[:-1], F)
+        dgate, dup, made = glu_bwd_again(gate, up, da, unit, need_dgate, need_dup, again)
+        a = made if again else a
+    elif again:
+        (a,) = glu_fwd(gate, up, unit)
+    dweight = dy.t().mm(a.reshape(dy.shape[0], F)) if need_dweight and a is not None else None
+    return dgate, dup, dweight
+
+
+def sum_of_rows(rows: Tensor) -> Tensor:
+    """The gradient of a bias."""
+    return rows.sum(0, dtype=accumulator(rows.dtype)).to(rows.dtype)
+
+
 def gated_linear_bwd(
     gate: Tensor,
     up: Tensor | None,
@@ -90,21 +123,11 @@ def gated_linear_bwd(
     unit = unit_of(
         activation, alpha, gate_scale, scale, up_offset, limit, limit_activated, interleaved
     )
-    (D, F), tokens = weight.shape, gate.shape[:-1]
-    N = math.prod(tokens)
-    dy = dy.reshape(N, D)
-    dgate, dup, a = None, None, None
-    if need_dgate or need_dup:
-        da = dy.mm(weight).view(*tokens, F)
-        dgate, dup, a = glu_bwd_again(gate, up, da, unit, need_dgate, need_dup, need_dweight)
-    elif need_dweight:
-        (a,) = glu_fwd(gate, up, unit)
-
-    dweight = None if a is None else dy.t().mm(a.view(N, F))
-    dbias = None
-    if bias is not None and need_dbias:
-        dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype)
-    return dgate, dup, dweight, dbias
+    dy = dy.reshape(math.prod(gate.shape[:-1]), weight.shape[0])
+    gradients = unit_and_layer_bwd(
+        gate, up, None, weight, dy, unit, need_dgate, need_dup, need_dweight
+    )
+    return *gradients, sum_of_rows(dy) if need_dbias else None
 
 
 _gated_linear = custom_vjp(
