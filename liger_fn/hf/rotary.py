@@ -126,7 +126,7 @@ class Domain:
         if cos is None or sin is None:
             return None
         size = cos.shape
-        # Learned angles: the op gives them no gradient.
+        # Learned angles: the op would compute in plain PyTorch, as the original does.
         if len(size) != 3 or sin.shape != size or cos.requires_grad or sin.requires_grad:
             return None
         batch, tokens, angles = size
