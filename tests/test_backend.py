@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liger_fn.functional import rms_norm, using
+from liger_fn.functional import rms_norm, rope, using
 from liger_fn.functional.core import backend
 from liger_fn.functional.core.launch import interpreted
 from liger_fn.functional.norm.rms_norm import reference
@@ -36,10 +36,24 @@ def test_using(name, kernels, x):
     assert backend.kernels_on(x)
 
 
-def test_auto_is_kernels_on_gpus_and_the_reference_elsewhere(x):
+def test_auto_is_kernels_on_gpus_and_the_reference_on_cpus(x):
     with using("auto"):
         assert backend.kernels_on(x) == x.is_cuda
-        assert not backend.kernels_on(torch.empty(1, device="meta"))
+        assert backend.kernels_on(torch.empty(1, device="meta"))
+
+
+def test_auto_lays_out_what_is_on_meta_as_the_kernels_do():
+    q, k = (torch.empty(2, 3, h, 4, device="meta").transpose(1, 2) for h in (2, 1))
+    angles = torch.empty(3, 4, device="meta")
+    strides = {}
+    for name in ("auto", "kernels"):
+        with using(name):
+            leaves = [t.detach().requires_grad_() for t in (q, k)]
+            outputs = rope(*leaves, angles, angles)
+            grads = torch.autograd.grad(outputs, leaves, [t.contiguous() for t in outputs])
+        strides[name] = [t.stride() for t in (*outputs, *grads)]
+    assert strides["auto"] == strides["kernels"]
+    assert strides["auto"][0] == q.stride()
 
 
 def test_using_nests_and_restores_after_an_error(x):

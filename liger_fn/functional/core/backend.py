@@ -7,7 +7,8 @@
 | interpret | kernels, interpreted | kernels, interpreted               |
 | reference | reference       | reference                               |
 
-`auto` is the default; with `TRITON_INTERPRET=1` in the environment when Triton is imported, every
+On meta tensors `auto` means kernels, whose shapes and strides the launchers tell without Triton.
+It is the default; with `TRITON_INTERPRET=1` in the environment when Triton is imported, every
 kernel of the process is interpreted and the default is `kernels`.
 """
 
@@ -28,7 +29,7 @@ _current_device: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice",
 def kernels_on(t: torch.Tensor) -> bool:
     """Say whether the kernels, rather than the reference, give the values for `t`."""
     if _backend == "auto":
-        return t.is_cuda and not TRITON_MISSING
+        return (t.is_cuda or t.is_meta) and not TRITON_MISSING
     return _backend == "kernels"
 
 
