@@ -77,7 +77,9 @@ def models(monkeypatch):
             patch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary_functions[i])
             return models[i](**inputs)
 
-        yield forward
+        # The way of a model on a GPU, wherever this one is.
+        with functional.using("kernels"):
+            yield forward
 
 
 def test_a_patched_forward_costs_no_more_time(models):

@@ -115,8 +115,6 @@ SPEC = OpSpec(
     grads=("scores", "weight", "bias"),
     rows=("scores",),
     autocast=True,
-    # cuDNN multiplies float32 in TF32, and its algorithms of fixed order are not the baseline's.
-    slack={torch.float32: 2.0} if torch.cuda.is_available() else {},
     # PyTorch 2.11 can do that of no convolution.
     symbolic=torch.__version__ >= (2, 12),
     cases=(
