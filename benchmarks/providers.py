@@ -424,6 +424,16 @@ class Liger(Provider):
 
         return call
 
+    def fused_linear_logprobs(self):
+        """Its kernels of CuTe on a Hopper chip that has them, else its chunks."""
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as op
+
+        def call(weight, x, y, *, entropy=False):
+            losses = op.apply(x, weight, y, 1.0, -100, 1, entropy)
+            return (-losses[0], losses[1]) if entropy else -losses
+
+        return call
+
 
 class LigerLargeChunks(Provider):
     """The same with sixteen times the default budget for logits: its fastest setting."""
@@ -668,6 +678,71 @@ class QuackBase(Provider):
     fused_linear_cross_entropy = Quack.fused_linear_cross_entropy
 
 
+class TRL(Provider):
+    """TRL's: a tile of logits at a time, made again for the gradient; and a kernel over logits."""
+
+    name = "trl"
+    packages = ("trl",)
+    modules = ("trl.kernels",)
+    install = "pip install 'trl>=1.16'"
+
+    def fused_linear_logprobs(self):
+        from trl.kernels import ChunkedLogProbFunction
+
+        def call(weight, x, y, *, entropy=False):
+            wanted = ("entropy",) if entropy else ()
+            # Tiles as wide as in its trainers.
+            out = ChunkedLogProbFunction.apply(x, weight, None, y, 1.0, 32768, None, 1.0, wanted)
+            return out[:2] if entropy else out[0]
+
+        return call
+
+    def logprobs(self):
+        from trl.kernels import selective_log_softmax_and_entropy
+
+        def call(logits, target, *, entropy=False):
+            out = selective_log_softmax_and_entropy(logits, target)
+            return out if entropy else out[0]
+
+        return call
+
+
+class Verl(Provider):
+    """verl's Triton kernels, which make the logits of a tile within the product."""
+
+    name = "verl"
+    packages = ("verl",)
+    modules = ("verl.utils.kernel.linear_cross_entropy",)
+    install = "pip install verl"
+
+    def fused_linear_logprobs(self):
+        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+        def call(weight, x, y, *, entropy=False):
+            logp, entropies = linear_cross_entropy(x, weight, y, 1.0, "none", None)
+            return (logp, entropies) if entropy else logp
+
+        return call
+
+
+class VerlTorch(Provider):
+    """verl's chunks in plain PyTorch."""
+
+    name = "verl-torch"
+    packages = ("verl",)
+    modules = ("verl.utils.experimental.torch_functional",)
+    install = Verl.install
+
+    def fused_linear_logprobs(self):
+        from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+        def call(weight, x, y, *, entropy=False):
+            logp, entropies = FusedLinearForPPO()(x, weight, y)
+            return (logp, entropies) if entropy else logp
+
+        return call
+
+
 class OursWith(Ours):
     """Ours with other settings of the fused linear cross entropy: points of time against memory."""
 
@@ -722,6 +797,8 @@ class Products(Provider):
 
         return lambda weight, x, y, **options: Bare.apply(weight, x)
 
+    fused_linear_logprobs = fused_linear_cross_entropy
+
 
 def _settings() -> tuple[Provider, ...]:
     """Chunks that add up in 16 bits, and sums in float32."""
@@ -748,6 +825,9 @@ PROVIDERS: dict[str, Provider] = {
         CutCrossEntropyExact(),
         Quack(),
         QuackBase(),
+        TRL(),
+        Verl(),
+        VerlTorch(),
         Ours(),
         *_settings(),
         OursCounted("liger_fn-counted"),

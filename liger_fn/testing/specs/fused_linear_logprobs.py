@@ -138,6 +138,7 @@ SPEC = OpSpec(
     kernels=kernels,
     benchmarks=(
         *(benchmark(*s) for s in ((8192, 4096, 128256), (8192, 4096, 151936))),
+        benchmark(8192, 4096, 151936, entropy=True),
         benchmark(8192, 4096, 151936, entropy=True, top1=True),
     ),
 )  # fmt: skip

@@ -218,6 +218,7 @@ SPEC = OpSpec(
     kernels=kernels,
     benchmarks=(
         *(benchmark(*s) for s in ((4096, 128256), (16384, 32000), (8192, 151936))),
+        benchmark(8192, 151936, entropy=True),
         benchmark(8192, 151936, entropy=True, top1=True),
     ),
 )  # fmt: skip
