@@ -89,3 +89,22 @@ def on_device(device):
 
     with using("kernels" if device.type == "cuda" else "reference"):
         yield device
+
+
+def _interpreter_cannot_loop() -> bool:
+    """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 no longer gives."""
+    import numpy
+
+    try:
+        import triton
+    except ImportError:
+        return False
+    numbers = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
+    return numbers[0] < (3, 7) and numbers[1] >= (2, 4)
+
+
+@pytest.fixture
+def interpreter_loops() -> None:
+    """Skip what interprets loops where that interpreter cannot."""
+    if _interpreter_cannot_loop():
+        pytest.skip("Triton 3.6's interpreter cannot loop with NumPy 2.4")

@@ -82,6 +82,13 @@ def test_verdicts():
     # Rounding is as large as the precision says.
     ours, theirs = row("a", "5 4 3.02", precision="bfloat16"), row(precision="bfloat16")
     assert report.judged(ours, theirs)[1] == "agrees"
+    # Or as large as it shows in a second run of TRL's own.
+    drawn = row("trl-nudged", "5 4 3.1", precision="bfloat16")
+    assert report.judged(drawn, theirs) == (pytest.approx(0.1), "the yardstick")
+    for losses, word in (("5 4 3.15", "agrees"), ("5 4 3.5", "differs: losses, by 0.5")):
+        ours = row("a", losses, precision="bfloat16")
+        assert report.judged(ours, theirs, drawn)[1] == word
+        assert report.judged(ours, theirs)[1].startswith("differs")
     # Other answers have other losses, but not other entropies.
     sampled = {"trainer": "GRPO", "precision": "bfloat16"}
     ours, theirs = row("a", "5 4 9", **sampled), row(**sampled)

@@ -775,21 +775,7 @@ for k in SPEC.kernels()[::8]:
 """
 
 
-def _interpreter_cannot_loop() -> bool:
-    """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 no longer gives."""
-    import numpy
-    import triton
-
-    numbers = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
-    return numbers[0] < (3, 7) and numbers[1] >= (2, 4)
-
-
-interpreter_loops = pytest.mark.skipif(
-    "_interpreter_cannot_loop()", reason="Triton 3.6's interpreter cannot loop with NumPy 2.4"
-)
-
-
-@interpreter_loops
+@pytest.mark.usefixtures("interpreter_loops")
 def test_reference_interpreter_and_compiler_in_one_process():
     _succeeds(_python(BACKENDS, interpret=False))
 
@@ -839,7 +825,7 @@ dist.destroy_process_group()
 """
 
 
-@interpreter_loops
+@pytest.mark.usefixtures("interpreter_loops")
 def test_dtensor_and_fsdp_on_two_ranks(tmp_path):
     store = str(tmp_path / "store")
     _succeeds(*[_python(DISTRIBUTED, str(rank), store, interpret=True) for rank in range(2)])

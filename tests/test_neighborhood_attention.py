@@ -121,6 +121,7 @@ def test_heads_share_the_width_of_the_module():
         lnn.NeighborhoodAttention(24, 5, 3)
 
 
+@pytest.mark.usefixtures("interpreter_loops")
 def test_interpreted_products_of_bfloat16_are_right(device):
     """The interpreter holds bfloat16 as integers, which are not to be multiplied."""
     q, k, v = torch.randn(3, 5, 16, device=device).bfloat16().unbind()

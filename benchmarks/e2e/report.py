@@ -307,7 +307,7 @@ class Curve:
 NUDGED = f"{REFERENCE}, nudged"
 
 # Each of the two differences that are compared is one draw of what rounding does.
-_DRAWS = 2
+DRAWS = 2
 
 
 def distance(a: Curve, b: Curve) -> float:
@@ -347,7 +347,7 @@ def curve_grid(curves: Sequence[Curve]) -> list[list[str]]:
             gap = distance(runs[REFERENCE], curve)
             spread = yardstick.get(shape)
             ratio = gap / spread if spread else math.nan
-            word = "within" if ratio <= _DRAWS else "beyond" if spread else "no spread"
+            word = "within" if ratio <= DRAWS else "beyond" if spread else "no spread"
             lines.append([*line, f"{gap:.1e}", f"{ratio:.2g}", "" if name == NUDGED else word])
     return lines
 

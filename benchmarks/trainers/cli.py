@@ -19,7 +19,7 @@ from benchmarks.e2e.readme import put_between
 from benchmarks.plot import bars
 from benchmarks.report import columns
 from benchmarks.trainers import report
-from benchmarks.trainers.providers import ON_A_CPU, PROVIDERS, REFERENCE, missing
+from benchmarks.trainers.providers import NUDGED, ON_A_CPU, PROVIDERS, REFERENCE, missing
 from benchmarks.trainers.report import Row
 from benchmarks.trainers.sizes import SIZES, TRAINERS, Task
 
@@ -32,6 +32,7 @@ downloaded. Compares time, memory and every loss.
 PLOTS, RESULTS = e2e.PLOTS, e2e.RESULTS
 _COLORS = {
     "trl": "#30638e",
+    "trl-nudged": "#8fb3d1",
     "trl+liger": "#00798c",
     "liger_fn-loss": "#e9a3ad",
     "liger_fn": "#d1495b",
@@ -89,7 +90,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.trainers = among(parser, "--trainers", options.trainers, TRAINERS) or list(TRAINERS)
     names = among(parser, "--providers", options.providers, PROVIDERS)
     names = names or list(ON_A_CPU if options.device.type == "cpu" else PROVIDERS)
-    options.providers = sorted(names, key=lambda name: name != REFERENCE)
+    first = (REFERENCE, NUDGED)
+    options.providers = sorted(names, key=lambda n: first.index(n) if n in first else len(first))
     if options.steps < 1 or options.warm_up < 0:
         parser.error("--steps: must be 1 at least, and --warm-up 0")
     return options
@@ -128,8 +130,8 @@ class Run(e2e.Run):
             **e2e.known(Row, facts),
             **self.about,
         )
-        like = [r for r in rows if (r.trainer, r.provider) == (row.trainer, REFERENCE)]
-        loss_gap, verdict = report.judged(row, like[0] if like else None)
+        like = {r.provider: r for r in rows if r.trainer == row.trainer}
+        loss_gap, verdict = report.judged(row, like.get(REFERENCE), like.get(NUDGED))
         return replace(row, loss_gap=loss_gap, verdict=verdict)
 
 

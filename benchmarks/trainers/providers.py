@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.trainers.sizes import TRAINERS
 
-REFERENCE = "trl"
+REFERENCE, NUDGED = "trl", "trl-nudged"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Provider:
         options: of the trainer's configuration.
         attributes: of a subclass of the trainer.
         trainers: those that it makes a difference for.
+        nudge: whether weights begin as far away as bfloat16 rounds them, which shows how far
+            rounding alone carries the losses.
         packages: whose versions a row names.
     """
 
@@ -33,6 +35,7 @@ class Provider:
     options: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     trainers: tuple[str, ...] = TRAINERS
+    nudge: bool = False
     packages: tuple[str, ...] = ("trl",)
 
     def trainer(self, name: str) -> type:
@@ -47,6 +50,7 @@ OURS = "liger_fn.hf.trl"
 # After the dash: only the loss, or all; in small chunks of rows; without metrics of tokens.
 PROVIDERS = {
     REFERENCE: Provider("trl"),
+    NUDGED: Provider("trl", nudge=True),
     "trl+liger": Provider("trl", {"use_liger_kernel": True}, packages=("trl", "liger-kernel")),
     "liger_fn-loss": Provider(OURS, attributes={"ops": ("fused_linear_cross_entropy",)}),
     "liger_fn": Provider(OURS),

@@ -95,13 +95,25 @@ def make_trainer(task: Task, provider: Provider, size: Size) -> Any:
         more["ref_model"] = make_model(task, size)
     if trainer == "GRPO":
         more["reward_funcs"] = share_of_even
+    model = make_model(task, size)
+    if provider.nudge:
+        nudge(model, task.seed)
     return provider.trainer(trainer)(
-        make_model(task, size),
+        model,
         args=arguments,
         train_dataset=Dataset.from_list(texts(trainer, size, count, task.seed)),
         processing_class=tokenizer(size.model["vocab_size"]),
         **more,
     )
+
+
+@torch.no_grad()
+def nudge(model: Any, seed: int) -> None:
+    """Move every weight by half a unit of bfloat16's last place at most, as rounding moves it."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        share = torch.rand(p.shape, generator=generator).to(p.device) - 0.5
+        p.mul_(1 + share * torch.finfo(torch.bfloat16).eps)
 
 
 def make_model(task: Task, size: Size) -> Any:
