@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import ceilings, layer, report, sweep
+from benchmarks import catalogue, ceilings, layer, report, sweep
 from benchmarks.ahead import compile_ahead
 from benchmarks.bench import Bench, DeviceLost
 from benchmarks.command_line import among, commit, device, device_name
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return whole.main(argv)
     options = parse(argv)
     try:
-        if options.plot or options.table:
+        if options.plot or options.table or options.insert:
             show(options)
             return 0
         if options.csv:
@@ -92,7 +92,9 @@ def measure(options: argparse.Namespace, providers: list[Provider]) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Plot or print what was measured before."""
+    """Insert, plot or print what was measured before."""
+    if options.insert:
+        catalogue.insert(options.insert, catalogue.committed(HERE / "results"))
     files = [options.csv] if options.csv else sorted(HERE.glob("results/*/*.csv"))
     if options.plot:
         for path in plot_files(files, HERE / "plots"):
@@ -125,6 +127,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--table",
         action="store_true",
         help="measure nothing; print the OPs of --csv, or of all results/",
+    )
+    parser.add_argument(
+        "--insert",
+        type=Path,
+        metavar="PAGE",
+        help="measure nothing; write the table of all that liger-kernel has, from the committed"
+        " results, between the markers of a page",
     )
     parser.add_argument(
         "--quick", action="store_true", help="first shape only, a tenth of the budget"
