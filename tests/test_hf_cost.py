@@ -101,8 +101,8 @@ def test_a_patched_forward_costs_no_more_time(models):
 def test_a_patched_layer_interprets_few_more_bytecodes(models):
     """Counted, hence the same at every run: an untouched layer has about 3,500."""
     plain, ours = (bytecodes(models, i) for i in range(2))
-    # About 90 more in each layer, most of them in the guard of rope; the rest is the loss, once.
-    assert ours - plain < 100 * LAYERS + 1700
+    # About 105 more in each layer, most of them in the guard of rope; the rest is the loss, once.
+    assert ours - plain < 115 * LAYERS + 1700
     assert plain > 3000 * LAYERS
 
 

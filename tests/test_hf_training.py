@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
+from liger_fn.functional import using
 from liger_fn.hf import apply
 from liger_fn.testing.tiny_models import (
     VOCAB,
@@ -82,6 +83,49 @@ def test_gradient_checkpointing(model_type, use_reentrant, device):
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", None) is not None]
     assert any(layer.gradient_checkpointing for layer in layers)
     assert_same(loss_and_gradients(model, inputs), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_repeats_no_product_for_nothing(device, monkeypatch):
+    """It stops in a layer's last one, as soon as its input is kept."""
+    products = []
+
+    def counted(*args):
+        out = linear(*args)
+        products.append(out.shape)
+        return out
+
+    linear = torch.nn.functional.linear
+    counts = []
+    for ops in ((), ("swiglu",)):
+        model = tiny_model("llama", num_hidden_layers=2).train().to(device)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inputs = moved(tiny_inputs(model), device)
+        with monkeypatch.context() as patch:
+            if ops:
+                assert apply(model, ops=ops).replaced() == {"swiglu": 2}
+            patch.setattr(torch.nn.functional, "linear", counted)
+            products.clear()
+            with using("kernels"):
+                model(**inputs).loss.backward()
+        counts.append(len(products))
+    assert counts[1] == counts[0] == 2 * (7 + 6) + 1
+
+
+def test_without_a_checkpoint_the_activation_is_not_kept(device):
+    model = tiny_model("llama", num_hidden_layers=2).train().to(device)
+    apply(model, ops=("swiglu",))
+    kept = []
+
+    def keep(t):
+        kept.append(tuple(t.shape))
+        return t
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with using("kernels"), hooks:
+        model(**moved(tiny_inputs(model), device)).loss.backward()
+    width = model.config.intermediate_size
+    # Of each layer gate and up.
+    assert sum(len(shape) > 2 and shape[-1] == width for shape in kept) == 2 * 2
 
 
 # packed sequences

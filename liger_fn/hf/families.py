@@ -20,6 +20,7 @@ from torch import nn
 
 from liger_fn import functional
 from liger_fn.functional.core import backend
+from liger_fn.functional.core.custom_vjp import checkpointed
 from liger_fn.functional.core.rules import autocast_dtype
 from liger_fn.hf.probe import (
     BF16,
@@ -513,7 +514,7 @@ def _is_served(experts: Any, x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _is_plain(layer: Any, x: torch.Tensor) -> bool:
-    """Say whether calling a layer is `F.linear` and nothing else, and there are kernels for x.
+    """Say whether calling a layer is `F.linear` and nothing else, and the op serves x better.
 
     Adapters, quantised weights, sharding and offloading show as another class, hook or forward.
     """
@@ -532,6 +533,10 @@ def _is_plain(layer: Any, x: torch.Tensor) -> bool:
     if type(weight) is not nn.Parameter:
         return False
     if weight.dtype is not x.dtype and autocast_dtype(x.device.type) is not x.dtype:
+        return False
+    # A checkpoint repeats a layer up to the last tensor that is kept: of F.linear its input, of the
+    # op only what comes after the product, which would be computed again for nothing.
+    if checkpointed():
         return False
     # Without kernels the backward pass would compute the product of the forward pass once more.
     return x.is_cuda or backend.chosen() != "auto"

@@ -161,6 +161,13 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 or any(level.key() == _JVP for level in stack)
 
 
+@torch.compiler.assume_constant_result
+def checkpointed() -> bool:
+    """Say whether torch.utils.checkpoint keeps nothing of this forward pass and will repeat it."""
+    hooks = _saved_tensors_hooks()
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
 def _below_autograd(op, keyset, args):
     # Function.forward runs without grad, but the outer functorch levels must still record.
     recording = torch.enable_grad() if _functorch_active() else contextlib.nullcontext()
