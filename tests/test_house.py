@@ -23,6 +23,7 @@ OP_FILES = [
 # A choice of backend, a function of functions, and one whose gradient is a result.
 NO_OPS = {
     "using",
+    "preference",
     "tiled_mlp",
     "fused_linear_cross_entropy_accumulate",
     "vocab_parallel_cross_entropy",

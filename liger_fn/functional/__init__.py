@@ -7,6 +7,7 @@ experts (K of them a token's), L blocks.
 Losses of log-probabilities (DPO, KTO, GRPO and their kin) are in `liger_fn.functional.preference`.
 """
 
+from liger_fn.functional import preference
 from liger_fn.functional.activation.gated_activation import gated_activation
 from liger_fn.functional.activation.geglu import geglu
 from liger_fn.functional.activation.relu_squared import relu_squared
@@ -88,6 +89,7 @@ __all__ = [
     "multi_token_attention",
     "neighborhood_attention",
     "poly_norm",
+    "preference",
     "relu_squared",
     "rms_norm",
     "rope",
