@@ -8,7 +8,7 @@ from liger_fn.functional.norm import rows
 @pytest.mark.parametrize("start", range(1, 40000, 1000))
 def test_blocks_cover_a_row_and_little_more(start):
     for D in range(start, start + 1000):
-        block_d, pieces = rows._blocks(D)
+        block_d, pieces = rows.cover(D)
         assert block_d & (block_d - 1) == 0
         assert block_d * (pieces - 1) < D <= block_d * pieces
         if D > 512:

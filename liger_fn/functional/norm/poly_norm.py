@@ -7,9 +7,10 @@
     dw   = Σ dy · x^k · r                  db = Σ dy
 
 Memory traffic in bytes per element of a 2-byte x: 4 forward (read x, write y), 6 backward (read x
-and dy, write dx); the three r, 12 bytes a row, are kept. A program goes over the columns of a few
-rows twice, the second time out of the cache, so that rows may have any width; backward it keeps its
-share of the four sums, which a small launch adds in a fixed order.
+and dy, write dx); the three r, 12 bytes a row, are kept. A row is read once and stays in registers.
+Backward each program walks a strip of rows with its share of the four sums in registers while the
+next rows are on their way; a small launch adds the shares in a fixed order. Programs go over the
+columns of wider rows twice, the second time out of the cache.
 """
 
 import torch
@@ -24,14 +25,23 @@ from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,
     has_work,
+    next_power_of_2,
     sm_count,
     tl,
     triton,
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.norm.blocks import PER_SM, block_config, load_block, store_block
-from liger_fn.functional.norm.rows import strips_of, sums_of_parts
+from liger_fn.functional.norm.blocks import load_block, store_block
+from liger_fn.functional.norm.rows import (
+    cover,
+    load_rows,
+    no_blocks,
+    row_dots,
+    row_sums,
+    strips_of,
+    sums_of_parts,
+)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -43,8 +53,47 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> 
     return (y + bias.to(compute)).to(x.dtype)
 
 
+@triton.jit
+def _powers(x, PIECES: tl.constexpr):
+    """Give the squares and the cubes of some blocks."""
+    squares, cubes = no_blocks(), no_blocks()
+    for i in tl.static_range(PIECES):
+        square = x[i] * x[i]
+        squares += (square,)
+        cubes += (square * x[i],)
+    return squares, cubes
+
+
 @triton.jit(do_not_specialize=["N"])
 def _poly_norm_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, rstd_ptr, x_stride_n, N, D,
+    EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = row < N
+    x = load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+    w3 = tl.load(weight_ptr).to(COMPUTE)
+    w2 = tl.load(weight_ptr + 1).to(COMPUTE)
+    w1 = tl.load(weight_ptr + 2).to(COMPUTE)
+    bias = tl.load(bias_ptr).to(COMPUTE)
+
+    squares, cubes = _powers(x, PIECES)
+    rstd3 = 1.0 / tl.sqrt(row_dots(cubes, cubes, PIECES) / D + EPS)
+    rstd2 = 1.0 / tl.sqrt(row_dots(squares, squares, PIECES) / D + EPS)
+    rstd1 = 1.0 / tl.sqrt(row_dots(x, x, PIECES) / D + EPS)
+    tl.store(rstd_ptr + 3 * row, rstd3, mask=in_n)
+    tl.store(rstd_ptr + 3 * row + 1, rstd2, mask=in_n)
+    tl.store(rstd_ptr + 3 * row + 2, rstd1, mask=in_n)
+
+    c3, c2, c1 = (w3 * rstd3)[:, None], (w2 * rstd2)[:, None], (w1 * rstd1)[:, None]
+    for i in tl.static_range(PIECES):
+        y = ((c3 * x[i] + c2) * x[i] + c1) * x[i] + bias
+        store_block(y_ptr, row, D, in_n, i * BLOCK_D, D, y, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _poly_norm_fwd_wide_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, rstd_ptr, x_stride_n, N, D,
     EPS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -74,12 +123,73 @@ def _poly_norm_fwd_kernel(
     c3, c2, c1 = (w3 * rstd3)[:, None], (w2 * rstd2)[:, None], (w1 * rstd1)[:, None]
     for start in range(0, D, BLOCK_D):
         x = load_block(x_ptr, row, x_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-        y = c3 * (x * x * x) + c2 * (x * x) + c1 * x + bias
+        y = ((c3 * x + c2) * x + c1) * x + bias
         store_block(y_ptr, row, D, in_n, start, D, y, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["N", "strip"])
 def _poly_norm_bwd_kernel(
+    x_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dweight_part_ptr, dbias_part_ptr,
+    x_stride_n, dy_stride_n, N, D, strip,
+    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    w3 = tl.load(weight_ptr).to(COMPUTE)
+    w2 = tl.load(weight_ptr + 1).to(COMPUTE)
+    w1 = tl.load(weight_ptr + 2).to(COMPUTE)
+    dw3, dw2 = tl.zeros((BLOCK_N,), COMPUTE), tl.zeros((BLOCK_N,), COMPUTE)
+    dw1 = tl.zeros((BLOCK_N,), COMPUTE)
+    # Nothing waits for this sum: it is added up by columns, and over them once, at the end.
+    db = no_blocks()
+    for _ in tl.static_range(PIECES):
+        db += (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE),)
+
+    for step in tl.range(0, strip, BLOCK_N, num_stages=STAGES):
+        at = step + tl.arange(0, BLOCK_N)
+        row = program * strip + at
+        in_n = (row < N) & (at < strip)
+        x = load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+        dy = load_rows(dy_ptr, dy_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+        rstd3 = tl.load(rstd_ptr + 3 * row, mask=in_n, other=0.0)
+        rstd2 = tl.load(rstd_ptr + 3 * row + 1, mask=in_n, other=0.0)
+        rstd1 = tl.load(rstd_ptr + 3 * row + 2, mask=in_n, other=0.0)
+
+        squares, cubes = _powers(x, PIECES)
+        dot3 = row_dots(dy, cubes, PIECES) * rstd3
+        dot2 = row_dots(dy, squares, PIECES) * rstd2
+        dot1 = row_dots(dy, x, PIECES) * rstd1
+        dw3 += dot3
+        dw2 += dot2
+        dw1 += dot1
+        db_next = no_blocks()
+        for i in tl.static_range(PIECES):
+            db_next += (db[i] + dy[i],)
+        db = db_next
+
+        if dx_ptr is not None:
+            c3, c2, c1 = 3.0 * w3 * rstd3, 2.0 * w2 * rstd2, w1 * rstd1
+            e3, e2, e1 = dot3 * rstd3 / D * c3, dot2 * rstd2 / D * c2, dot1 * rstd1 / D * c1
+            c3, c2, c1 = c3[:, None], c2[:, None], c1[:, None]
+            e3, e2, e1 = e3[:, None], e2[:, None], e1[:, None]
+            for i in tl.static_range(PIECES):
+                # The terms in dy, then those in the powers of x, which are all odd.
+                square = x[i] * x[i]
+                slope = (c3 * x[i] + c2) * x[i] + c1
+                along = (e3 * square + e2) * square + e1
+                dx = dy[i] * slope - x[i] * along
+                store_block(dx_ptr, row, D, in_n, i * BLOCK_D, D, dx, BLOCK_D)
+
+    if dweight_part_ptr is not None:
+        tl.store(dweight_part_ptr + 3 * program, tl.sum(dw3, axis=0))
+        tl.store(dweight_part_ptr + 3 * program + 1, tl.sum(dw2, axis=0))
+        tl.store(dweight_part_ptr + 3 * program + 2, tl.sum(dw1, axis=0))
+    if dbias_part_ptr is not None:
+        tl.store(dbias_part_ptr + program, tl.sum(row_sums(db, PIECES), axis=0))
+
+
+@triton.jit(do_not_specialize=["N", "strip"])
+def _poly_norm_bwd_wide_kernel(
     x_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dweight_part_ptr, dbias_part_ptr,
     x_stride_n, dy_stride_n, N, D, strip,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -143,6 +253,43 @@ def _poly_norm_bwd_kernel(
         tl.store(dbias_part_ptr + program, tl.sum(db, axis=0))
 
 
+def _poly_norm_fwd_config(D: int, itemsize: int) -> dict:
+    """About 8 KiB a program, and at most four 16-byte loads a thread.
+
+    Wider rows would leave room for one program only, whose loads would wait for its stores; they
+    are read once more, out of the cache: one row a program, for those of four would not fit there.
+    """
+    if 32768 // itemsize < D:
+        return {"BLOCK_N": 1, "BLOCK_D": 4096, "num_warps": 8}
+    block_d, pieces = cover(D)
+    width = block_d * pieces
+    block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
+    num_warps = min(16, max(4, next_power_of_2(block_n * width * itemsize // 2048)))
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
+
+
+def _poly_norm_bwd_config(D: int, itemsize: int) -> dict:
+    """16 numbers a thread: x, its square and dy are live at once, four bytes each.
+
+    Sixteen warps have registers for that. While they add up their rows, the next rows of x and dy
+    are on their way, two steps ahead where these take two bytes an element.
+    """
+    widest = min(8192, 32768 // itemsize)
+    if widest < D:
+        # One row, so that the second reading finds it in the cache.
+        return {"BLOCK_N": 1, "BLOCK_D": 4096, "num_warps": 8, "per_sm": 2}
+    block_d, pieces = cover(D)
+    width = block_d * pieces
+    return {
+        "BLOCK_N": min(32, 1 << max(0, (4096 // width).bit_length() - 1)),
+        "BLOCK_D": block_d,
+        "PIECES": pieces,
+        "STAGES": 3 if itemsize == 2 else 2,
+        "num_warps": 8 if width <= 4096 else 16,
+        "per_sm": 2 if width <= 4096 else 1,
+    }
+
+
 def poly_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = dense_like(x)
     rstd = x.new_empty((*x.shape[:-1], 3), dtype=accumulator(x.dtype))
@@ -150,9 +297,10 @@ def poly_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
     if has_work(y):
         x, weight = as_rows(x), unit_stride(weight)
         N, D = x.shape
-        config = block_config(D)
+        config = _poly_norm_fwd_config(D, x.element_size())
         launch(
-            _poly_norm_fwd_kernel, (cdiv(N, config["BLOCK_N"]),),
+            _poly_norm_fwd_kernel if "PIECES" in config else _poly_norm_fwd_wide_kernel,
+            (cdiv(N, config["BLOCK_N"]),),
             x, weight, bias, y, rstd, x.stride(0), N, D,
             EPS=eps, COMPUTE=triton_dtype(rstd.dtype), **config,
         )  # fmt: skip
@@ -178,14 +326,16 @@ def poly_norm_bwd(
 
     x, dy = as_rows(x), as_rows(dy)
     N, D = x.shape
-    config = block_config(D)
-    programs, strip = strips_of(N, config["BLOCK_N"], PER_SM * sm_count(x.device))
+    config = _poly_norm_bwd_config(D, x.element_size())
+    per_sm = config.pop("per_sm")
+    programs, strip = strips_of(N, config["BLOCK_N"], per_sm * sm_count(x.device))
     parts = [
         None if t is None else x.new_empty((programs, width), dtype=rstd.dtype)
         for t, width in zip(like, (3, 1), strict=True)
     ]
     launch(
-        _poly_norm_bwd_kernel, (programs,),
+        _poly_norm_bwd_kernel if "PIECES" in config else _poly_norm_bwd_wide_kernel,
+        (programs,),
         x, unit_stride(weight), unit_stride(rstd), dy, dx, *parts,
         x.stride(0), dy.stride(0), N, D, strip, COMPUTE=triton_dtype(rstd.dtype), **config,
     )  # fmt: skip

@@ -40,18 +40,18 @@ from liger_fn.functional.core.launch import (
 
 
 @triton.jit
-def _no_blocks():
+def no_blocks():
     """An empty tuple, to which blocks are added; to type checkers it says nothing of its length."""
     return ()
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     ptr, stride_n, row, in_n, D,
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Load whole rows as PIECES blocks; beyond D they are zero."""
-    blocks = _no_blocks()
+    blocks = no_blocks()
     for i in tl.static_range(PIECES):
         col = i * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = in_n[:, None] & (col < D)[None, :]
@@ -61,9 +61,9 @@ def _load_rows(
 
 
 @triton.jit
-def _load_features(ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+def load_row_features(ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
     """Load what all rows share, once for each row: each thread gets what it needs by itself."""
-    blocks = _no_blocks()
+    blocks = no_blocks()
     if ptr is not None:
         each_row = tl.zeros((BLOCK_N, 1), tl.int32)
         for i in tl.static_range(PIECES):
@@ -73,7 +73,7 @@ def _load_features(ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES:
 
 
 @triton.jit
-def _row_dots(a, b, PIECES: tl.constexpr):
+def row_dots(a, b, PIECES: tl.constexpr):
     """Give Σ a · b of each row."""
     products = a[0] * b[0]
     for i in tl.static_range(1, PIECES):
@@ -82,7 +82,7 @@ def _row_dots(a, b, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(a, PIECES: tl.constexpr):
+def row_sums(a, PIECES: tl.constexpr):
     """Give Σ a of each row."""
     total = a[0]
     for i in tl.static_range(1, PIECES):
@@ -104,7 +104,7 @@ def _mean(total, D):
 @triton.jit
 def _centred(x, mean, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
     """Subtract the mean; beyond D keep the zeros, which add nothing to the squares."""
-    blocks = _no_blocks()
+    blocks = no_blocks()
     for i in tl.static_range(PIECES):
         in_d = (i * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :]
         blocks += (tl.where(in_d, x[i] - mean[:, None], 0.0),)
@@ -133,17 +133,17 @@ def _norm_fwd_kernel(
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = row < N
-    x = _load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+    x = load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
     if residual_ptr is not None:
-        residual = _load_rows(
+        residual = load_rows(
             residual_ptr, residual_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES
         )
     # Asked for before the reduction, they arrive meanwhile.
-    weight = _load_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
-    bias = _load_features(bias_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+    weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+    bias = load_row_features(bias_ptr, D, BLOCK_N, BLOCK_D, PIECES)
 
     if residual_ptr is not None:
-        s = _no_blocks()
+        s = no_blocks()
         for i in tl.static_range(PIECES):
             col = i * BLOCK_D + tl.arange(0, BLOCK_D)
             inside = in_n[:, None] & (col < D)[None, :]
@@ -152,14 +152,14 @@ def _norm_fwd_kernel(
             s += (block.to(COMPUTE),)
         x = s
     if mean_ptr is not None:
-        mean = _mean(_row_sums(x, PIECES), D)
+        mean = _mean(row_sums(x, PIECES), D)
         x = _centred(x, mean, D, BLOCK_D, PIECES)
         # Far from zero the mean, as rounded, leaves one.
-        left = _row_sums(x, PIECES) / D
-        variance = _row_dots(x, x, PIECES) / D - left * left
+        left = row_sums(x, PIECES) / D
+        variance = row_dots(x, x, PIECES) / D - left * left
         tl.store(mean_ptr + row, mean + left, mask=in_n)
     else:
-        variance = _row_dots(x, x, PIECES) / D
+        variance = row_dots(x, x, PIECES) / D
     rstd = 1.0 / tl.sqrt(variance + EPS)
     tl.store(rstd_ptr + row, rstd, mask=in_n)
 
@@ -238,7 +238,7 @@ def _norm_fwd_wide_kernel(
         tl.store(y_ptr + row * D + col, y, mask=in_d)
 
 
-def _blocks(D: int, widest: int = 32768) -> tuple[int, int]:
+def cover(D: int, widest: int = 32768) -> tuple[int, int]:
     """Cover D with equal blocks, powers of two: how wide, and how many.
 
     The widest of which at most a quarter too much is needed, so that few lanes of a tile are empty.
@@ -265,7 +265,7 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
     if widest < D:
         return {"BLOCK_D": 8192, "num_warps": 16}
     exact = D & -D
-    block_d, pieces = (exact, D // exact) if exact >= 512 and 7 * exact >= D else _blocks(D)
+    block_d, pieces = (exact, D // exact) if exact >= 512 and 7 * exact >= D else cover(D)
     width = block_d * pieces
     block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
     num_warps = min(32, max(4, next_power_of_2(block_n * width // 1024)))
@@ -320,9 +320,9 @@ def _norm_bwd_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if HOLD_WEIGHT:
-        weight = _load_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+        weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
     # What no pointer asks for, the compiler leaves out.
-    dweight, dbias = _no_blocks(), _no_blocks()
+    dweight, dbias = no_blocks(), no_blocks()
     for _ in tl.static_range(PIECES):
         dweight += (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE),)
         dbias += (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE),)
@@ -331,16 +331,16 @@ def _norm_bwd_kernel(
         at = step + tl.arange(0, BLOCK_N)
         row = program * strip + at
         in_n = (row < N) & (at < strip)
-        x = _load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
-        dy = _load_rows(dy_ptr, dy_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+        x = load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
+        dy = load_rows(dy_ptr, dy_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
         rstd = tl.load(rstd_ptr + row, mask=in_n, other=0.0)
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + row, mask=in_n, other=0.0)
         if not HOLD_WEIGHT:
-            weight = _load_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+            weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
 
-        xhat, g = _no_blocks(), _no_blocks()
-        dweight_next, dbias_next = _no_blocks(), _no_blocks()
+        xhat, g = no_blocks(), no_blocks()
+        dweight_next, dbias_next = no_blocks(), no_blocks()
         for i in tl.static_range(PIECES):
             h = x[i]
             if mean_ptr is not None:
@@ -355,9 +355,9 @@ def _norm_bwd_kernel(
         dweight, dbias = dweight_next, dbias_next
 
         if dx_ptr is not None:
-            along = (_row_dots(g, xhat, PIECES) / D)[:, None]
+            along = (row_dots(g, xhat, PIECES) / D)[:, None]
             if mean_ptr is not None:
-                level = (_row_sums(g, PIECES) / D)[:, None]
+                level = (row_sums(g, PIECES) / D)[:, None]
             for i in tl.static_range(PIECES):
                 col = i * BLOCK_D + tl.arange(0, BLOCK_D)
                 inside = in_n[:, None] & (col < D)[None, :]
@@ -526,7 +526,7 @@ def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
     if widest < D:
         return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
     if D > 8192:
-        block_d, pieces = _blocks(D, 4096)
+        block_d, pieces = cover(D, 4096)
         return _bwd_tile(
             1, block_d, pieces, 1, min(32, next_power_of_2(block_d * pieces // 512)), 1
         )
@@ -537,7 +537,7 @@ def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
     if D <= 2048:
         block_d = next_power_of_2(D)
         return _bwd_tile(4096 // block_d, block_d, 1, stages, 8, 2)
-    block_d, pieces = _blocks(D, 8192)
+    block_d, pieces = cover(D, 8192)
     width = block_d * pieces
     if width == 4096:
         return _bwd_tile(2, block_d, pieces, stages, 16, 1)

@@ -1,13 +1,13 @@
 """Facts about poly_norm."""
 
 import inspect
+from itertools import product
 
 import torch
 import triton.language as tl
 
 from liger_fn.functional import poly_norm
 from liger_fn.functional.norm import poly_norm as room
-from liger_fn.functional.norm.blocks import block_config
 from liger_fn.testing.spec import BadCall, Case, Compilation, OpSpec
 from liger_fn.testing.specs.norm import benchmarks
 
@@ -22,19 +22,19 @@ def case(*shape: int, scale: float = 1.0, id: str = "", **options) -> Case:
 
 def kernels() -> list[Compilation]:
     out = []
-    for D in (128, 4096):
-        for passed in ("fwd", "bwd"):
-            kernel = getattr(room, f"_poly_norm_{passed}_kernel")
-            constants = {"COMPUTE": tl.float32, **block_config(D)}
-            constants |= {"EPS": 1e-6} if passed == "fwd" else {}
-            warps = constants.pop("num_warps")
-            runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
-            floats = ("rstd_ptr", "dweight_part_ptr", "dbias_part_ptr")
-            signature = {
-                n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32"
-                for n in runtime
-            }
-            out.append(Compilation(f"{passed}-{D}", kernel, signature, constants, warps))
+    for D, passed in product((128, 4096, 8192, 16384, 32768), ("fwd", "bwd")):
+        constants = {"COMPUTE": tl.float32, **getattr(room, f"_poly_norm_{passed}_config")(D, 2)}
+        constants |= {"EPS": 1e-6} if passed == "fwd" else {}
+        constants.pop("per_sm", None)
+        warps = constants.pop("num_warps")
+        wide = "" if "PIECES" in constants else "_wide"
+        kernel = getattr(room, f"_poly_norm_{passed}{wide}_kernel")
+        runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
+        floats = ("rstd_ptr", "dweight_part_ptr", "dbias_part_ptr")
+        signature = {
+            n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32" for n in runtime
+        }
+        out.append(Compilation(f"{passed}-{D}", kernel, signature, constants, warps))
     return out
 
 
