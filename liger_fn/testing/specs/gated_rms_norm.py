@@ -1,13 +1,13 @@
 """Facts about gated_rms_norm."""
 
 import inspect
+from itertools import product
 
 import torch
 import triton.language as tl
 
 from liger_fn.functional import gated_rms_norm
 from liger_fn.functional.norm import gated_rms_norm as room
-from liger_fn.functional.norm.blocks import block_config
 from liger_fn.testing.spec import BadCall, Case, Compilation, OpSpec
 from liger_fn.testing.specs.norm import benchmarks
 
@@ -32,27 +32,30 @@ def as_hugging_face(x, gate, weight=None, **options):
 
 def kernels() -> list[Compilation]:
     out = []
-    for W in (128, 512, 4096, 8192):
-        for passed in ("fwd", "bwd"):
-            for gate_first in (False, True):
-                kernel = getattr(room, f"_gated_rms_norm_{passed}_kernel")
-                constants = {
-                    "GATE_FIRST": gate_first,
-                    "ACTIVATION": "silu",
-                    "COMPUTE": tl.float32,
-                    **({"EPS": 1e-6, "CAST": False} if passed == "fwd" else {}),
-                    **block_config(W),
-                }
-                warps = constants.pop("num_warps")
-                runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
-                floats = ("rstd_ptr", "dweight_part_ptr")
-                signature = {
-                    n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32"
-                    for n in runtime
-                }
-                order = "before" if gate_first else "after"
-                name = f"{passed}-{order}-{W}"
-                out.append(Compilation(name, kernel, signature, constants, warps))
+    for W, passed, gate_first in product(
+        (128, 512, 4096, 8192, 16384), ("fwd", "bwd"), (False, True)
+    ):
+        constants = {
+            "GATE_FIRST": gate_first,
+            "ACTIVATION": "silu",
+            "COMPUTE": tl.float32,
+            "FAST": True,
+        }
+        if passed == "fwd":
+            constants |= {"EPS": 1e-6, "CAST": False, **room._gated_rms_norm_fwd_config(W, 2)}
+        else:
+            constants |= room._gated_rms_norm_bwd_config(W, 2, gate_first)
+            constants.pop("per_sm")
+        warps = constants.pop("num_warps")
+        wide = "" if "PIECES" in constants else "_wide"
+        kernel = getattr(room, f"_gated_rms_norm_{passed}{wide}_kernel")
+        runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
+        floats = ("rstd_ptr", "dweight_part_ptr")
+        signature = {
+            n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32" for n in runtime
+        }
+        order = "before" if gate_first else "after"
+        out.append(Compilation(f"{passed}-{order}-{W}", kernel, signature, constants, warps))
     return out
 
 
