@@ -116,7 +116,7 @@ def _gated_rms_norm_fwd_kernel(
             act, _ = activate(gate[i], ACTIVATION, 1.0, FAST)
             gated += (h[i] * act,)
         h = gated
-    rstd = 1.0 / tl.sqrt(row_dots(h, h, PIECES) / D + EPS)
+    rstd = tl.math.rsqrt(row_dots(h, h, PIECES) / D + EPS)
     tl.store(rstd_ptr + row * tl.num_programs(1) + group, rstd, mask=in_n)
 
     for i in tl.static_range(PIECES):
@@ -233,7 +233,8 @@ def _gated_rms_norm_bwd_kernel(
             if GATE_FIRST:
                 act, dact = activate(gate[i], ACTIVATION, 1.0, FAST)
                 if dgate_ptr is not None:
-                    dgate = dx * x[i] * dact
+                    # The product is kept, and not both factors: without brackets registers spill.
+                    dgate = dx * (x[i] * dact)
                     store_block(dgate_ptr, row, dx_stride_n, in_n, i * BLOCK_D, D, dgate, BLOCK_D)
                 dx *= act
             if dx_ptr is not None:
@@ -360,7 +361,7 @@ def _gated_rms_norm_bwd_config(D: int, itemsize: int, gate_first: bool) -> dict:
         "BLOCK_N": min(64, 1 << max(0, (most // width).bit_length() - 1)),
         "BLOCK_D": block_d,
         "PIECES": pieces,
-        "STAGES": 3 if itemsize == 2 and width <= most else 2,
+        "STAGES": 3 if itemsize == 2 else 2,
         "num_warps": 16,
         "per_sm": 1,
     }
@@ -418,7 +419,9 @@ def gated_rms_norm_bwd(
     N, D = x.shape
     config = _gated_rms_norm_bwd_config(D // groups, x.element_size(), gate_first)
     per_sm = config.pop("per_sm")
-    programs, strip = strips_of(N, config["BLOCK_N"], cdiv(per_sm * sm_count(x.device), groups))
+    # No more than run at once: the rest would start when the others end.
+    at_once = max(1, per_sm * sm_count(x.device) // groups)
+    programs, strip = strips_of(N, config["BLOCK_N"], at_once)
     part = x.new_empty((programs, D), dtype=rstd.dtype) if need_dweight else None
     launch(
         _gated_rms_norm_bwd_kernel if "PIECES" in config else _gated_rms_norm_bwd_wide_kernel,

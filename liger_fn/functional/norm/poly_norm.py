@@ -79,9 +79,11 @@ def _poly_norm_fwd_kernel(
     bias = tl.load(bias_ptr).to(COMPUTE)
 
     squares, cubes = _powers(x, PIECES)
-    rstd3 = 1.0 / tl.sqrt(row_dots(cubes, cubes, PIECES) / D + EPS)
-    rstd2 = 1.0 / tl.sqrt(row_dots(squares, squares, PIECES) / D + EPS)
-    rstd1 = 1.0 / tl.sqrt(row_dots(x, x, PIECES) / D + EPS)
+    # Narrow rows are many a thread, and a division takes as long as several columns.
+    over_d = tl.full((), 1.0, COMPUTE) / D
+    rstd3 = tl.math.rsqrt(row_dots(cubes, cubes, PIECES) * over_d + EPS)
+    rstd2 = tl.math.rsqrt(row_dots(squares, squares, PIECES) * over_d + EPS)
+    rstd1 = tl.math.rsqrt(row_dots(x, x, PIECES) * over_d + EPS)
     tl.store(rstd_ptr + 3 * row, rstd3, mask=in_n)
     tl.store(rstd_ptr + 3 * row + 1, rstd2, mask=in_n)
     tl.store(rstd_ptr + 3 * row + 2, rstd1, mask=in_n)
