@@ -2,7 +2,7 @@
 
 import pytest
 
-from liger_fn.functional.norm import rows
+from liger_fn.functional.norm import gated_rms_norm, poly_norm, rows
 
 
 @pytest.mark.parametrize("start", range(1, 40000, 1000))
@@ -28,6 +28,31 @@ def test_a_program_holds_whole_rows_in_registers_or_loops(D, itemsize, centred):
         assert tile <= 32 * threads
         if "PIECES" in config:
             assert config["BLOCK_D"] * config["PIECES"] >= D
+
+
+@pytest.mark.parametrize("D", [1, 64, 128, 1152, 2048, 2880, 4096, 5376, 8192, 8193, 16384, 32768])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_so_do_those_of_norms_with_more_inputs(D, itemsize):
+    backward = [
+        (3, gated_rms_norm._gated_rms_norm_bwd_config(D, itemsize, gate_first))
+        for gate_first in (False, True)
+    ]
+    backward.append((2, poly_norm._poly_norm_bwd_config(D, itemsize)))
+    forward = [
+        gated_rms_norm._gated_rms_norm_fwd_config(D, itemsize),
+        poly_norm._poly_norm_fwd_config(D, itemsize),
+    ]
+    for config in (*forward, *(config for _, config in backward)):
+        width = config["BLOCK_D"] * config.get("PIECES", 1)
+        assert config["BLOCK_N"] * width <= 32 * 32 * config["num_warps"]
+        if "PIECES" in config:
+            assert D <= width <= max(512, 1.25 * D)
+    for inputs, config in backward:
+        if "PIECES" in config:
+            tile = config["BLOCK_N"] * config["BLOCK_D"] * config["PIECES"]
+            ahead = inputs * tile * itemsize * (config["STAGES"] - 1)
+            # What is on its way lies in shared memory, of which small chips have 99 KiB.
+            assert ahead <= 96 * 1024
 
 
 @pytest.mark.parametrize("N", [1, 2, 31, 500, 8192, 65536, 10**7])

@@ -31,7 +31,7 @@ from liger_fn.functional.core.launch import (
     unit_stride,
 )
 from liger_fn.functional.loss.cross_entropy import tanh_of
-from liger_fn.functional.norm.rows import strips_of, sums_of_parts
+from liger_fn.functional.norm.rows import add_parts, add_parts_config, strips_of
 
 
 def reference(
@@ -124,6 +124,28 @@ def _dyt_bwd_kernel(
         tl.store(dbias_part_ptr + program * D + col, tl.sum(dbias, axis=0), mask=in_d)
 
 
+@triton.jit
+def _add_any_parts(part_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    if part_ptr is not None:
+        add_parts(part_ptr, out_ptr, P, D, BLOCK_P, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["P", "tiles"])
+def _dyt_sums_kernel(
+    dalpha_part_ptr, dalpha_ptr, dweight_part_ptr, dweight_ptr, dbias_part_ptr, dbias_ptr,
+    P, tiles, D,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(1)
+    if which == 0:
+        _add_any_parts(dweight_part_ptr, dweight_ptr, P, D, BLOCK_P, BLOCK_D)
+    elif which == 1:
+        _add_any_parts(dbias_part_ptr, dbias_ptr, P, D, BLOCK_P, BLOCK_D)
+    elif tl.program_id(0) == 0:
+        # One column, and as many parts as the backward pass had programs: most of them at once.
+        _add_any_parts(dalpha_part_ptr, dalpha_ptr, P * tiles, 1, 1024, 1)
+
+
 def _dyt_fwd_config(D: int, itemsize: int) -> dict:
     """8 KiB for four warps: four 16-byte loads a thread, of rows that share weight and bias."""
     block_d = min(1024, next_power_of_2(D))
@@ -190,13 +212,16 @@ def dyt_bwd(
         x, alpha, weight, dy, dx, *parts, x.stride(0), dy.stride(0), N, D, strip,
         COMPUTE=triton_dtype(compute), FAST=x.element_size() == 2, **config,
     )  # fmt: skip
-    (dalpha,) = sums_of_parts([_as_column(parts[0])], like[:1])
-    dweight, dbias = sums_of_parts(parts[1:], like[1:])
+    sums = [None if t is None else dense_like(t) for t in like]
+    if any(t is not None for t in sums):
+        adding = add_parts_config(D)
+        pairs = [t for pair in zip(parts, sums, strict=True) for t in pair]
+        launch(
+            _dyt_sums_kernel, (cdiv(D, adding["BLOCK_D"]), 3),
+            *pairs, programs, tiles, D, **adding,
+        )  # fmt: skip
+    dalpha, dweight, dbias = sums
     return dx, dalpha, dweight, dbias
-
-
-def _as_column(parts: Tensor | None) -> Tensor | None:
-    return None if parts is None else parts.view(-1, 1)
 
 
 _dyt = custom_vjp(

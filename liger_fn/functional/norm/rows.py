@@ -459,7 +459,7 @@ def _norm_bwd_wide_dweight_kernel(
 
 
 @triton.jit
-def _add_parts(part_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def add_parts(part_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_P, BLOCK_D), part_ptr.dtype.element_ty)
     for start in range(0, P, BLOCK_P):
@@ -481,12 +481,12 @@ def _add_parts_kernel(
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
-        _add_parts(part_ptr, out_ptr, P, D, BLOCK_P, BLOCK_D)
+        add_parts(part_ptr, out_ptr, P, D, BLOCK_P, BLOCK_D)
     elif more_part_ptr is not None:
-        _add_parts(more_part_ptr, more_out_ptr, P, D, BLOCK_P, BLOCK_D)
+        add_parts(more_part_ptr, more_out_ptr, P, D, BLOCK_P, BLOCK_D)
 
 
-def _add_parts_config(D: int) -> dict:
+def add_parts_config(D: int) -> dict:
     """Few columns a program, so that there are many of them: each has all its loads in flight."""
     block_d = 16 if D <= 2048 else 32
     return {"BLOCK_D": block_d, "BLOCK_P": 4096 // block_d, "num_warps": 8}
@@ -501,7 +501,7 @@ def sums_of_parts(
     if given:
         (part, out), (more_part, more_out) = given[0], given[1] if given[1:] else (None, None)
         P, D = part.shape
-        config = _add_parts_config(D)
+        config = add_parts_config(D)
         launch(
             _add_parts_kernel, (cdiv(D, config["BLOCK_D"]), len(given)),
             part, out, more_part, more_out, P, D, **config,

@@ -33,14 +33,16 @@ def as_models_write_it(x, alpha, weight=None, bias=None):
 
 def kernels() -> list[Compilation]:
     out = []
+    computed = {"COMPUTE": tl.float32, "FAST": True}
     for D in (96, 4096):
         for passed, config in (
             ("fwd", room._dyt_fwd_config(D, 2)),
             ("bwd", room._dyt_bwd_config(D)),
+            ("sums", room.add_parts_config(D)),
         ):
             kernel = getattr(room, f"_dyt_{passed}_kernel")
             warps = config.pop("num_warps")
-            constants = {"COMPUTE": tl.float32, "FAST": True, **config}
+            constants = config if passed == "sums" else {**computed, **config}
             runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
             signature = {
                 n: "*fp32" if "part" in n else "*bf16" if n.endswith("_ptr") else "i32"

@@ -132,7 +132,7 @@ def compilations(residual: bool = False, centred: bool = False) -> Callable[[], 
         tile = {"BLOCK_N": 8, "BLOCK_D": 256, "STAGES": 2, "num_warps": 4, **compute}
         wide = rows._norm_bwd_wide_dweight_kernel
         out.append(_compilation("bwd-wide-dweight", wide, absent, **tile))
-        adding = rows._add_parts_config(4096)
+        adding = rows.add_parts_config(4096)
         return [*out, _compilation("add-parts", rows._add_parts_kernel, absent, **adding)]
 
     return kernels
