@@ -37,7 +37,6 @@ from liger_fn.functional.norm.rows import (
     cover,
     load_rows,
     no_blocks,
-    row_dots,
     row_sums,
     strips_of,
     sums_of_parts,
@@ -64,6 +63,28 @@ def _powers(x, PIECES: tl.constexpr):
     return squares, cubes
 
 
+@triton.jit
+def _products(a, b, PIECES: tl.constexpr):
+    """Give a · b, added up over the blocks, and over neighbours that one thread holds."""
+    products = a[0] * b[0]
+    for i in tl.static_range(1, PIECES):
+        products += a[i] * b[i]
+    BLOCK_N: tl.constexpr = products.shape[0]
+    BLOCK_D: tl.constexpr = products.shape[1]
+    HELD: tl.constexpr = 8 if BLOCK_D > 8 else BLOCK_D
+    return tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_D // HELD, HELD)), axis=2)
+
+
+@triton.jit
+def _three_row_sums(a, b, c):
+    """Give the sums of the rows of each: one exchange between the warps, and not three in turn."""
+    sums = tl.sum(tl.join(tl.join(a, b), tl.join(c, c)), axis=1)
+    ab, cc = tl.split(sums)
+    a, b = tl.split(ab)
+    c, _ = tl.split(cc)
+    return a, b, c
+
+
 @triton.jit(do_not_specialize=["N"])
 def _poly_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, rstd_ptr, x_stride_n, N, D,
@@ -81,9 +102,14 @@ def _poly_norm_fwd_kernel(
     squares, cubes = _powers(x, PIECES)
     # Narrow rows are many a thread, and a division takes as long as several columns.
     over_d = tl.full((), 1.0, COMPUTE) / D
-    rstd3 = tl.math.rsqrt(row_dots(cubes, cubes, PIECES) * over_d + EPS)
-    rstd2 = tl.math.rsqrt(row_dots(squares, squares, PIECES) * over_d + EPS)
-    rstd1 = tl.math.rsqrt(row_dots(x, x, PIECES) * over_d + EPS)
+    sum6, sum4, sum2 = _three_row_sums(
+        _products(cubes, cubes, PIECES),
+        _products(squares, squares, PIECES),
+        _products(x, x, PIECES),
+    )
+    rstd3 = tl.math.rsqrt(sum6 * over_d + EPS)
+    rstd2 = tl.math.rsqrt(sum4 * over_d + EPS)
+    rstd1 = tl.math.rsqrt(sum2 * over_d + EPS)
     tl.store(rstd_ptr + 3 * row, rstd3, mask=in_n)
     tl.store(rstd_ptr + 3 * row + 1, rstd2, mask=in_n)
     tl.store(rstd_ptr + 3 * row + 2, rstd1, mask=in_n)
@@ -158,9 +184,12 @@ def _poly_norm_bwd_kernel(
         rstd1 = tl.load(rstd_ptr + 3 * row + 2, mask=in_n, other=0.0)
 
         squares, cubes = _powers(x, PIECES)
-        dot3 = row_dots(dy, cubes, PIECES) * rstd3
-        dot2 = row_dots(dy, squares, PIECES) * rstd2
-        dot1 = row_dots(dy, x, PIECES) * rstd1
+        dot3, dot2, dot1 = _three_row_sums(
+            _products(dy, cubes, PIECES),
+            _products(dy, squares, PIECES),
+            _products(dy, x, PIECES),
+        )
+        dot3, dot2, dot1 = dot3 * rstd3, dot2 * rstd2, dot1 * rstd1
         dw3 += dot3
         dw2 += dot2
         dw1 += dot1
