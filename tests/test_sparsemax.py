@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from liger_fn.functional import sparsemax, using
+from liger_fn.functional.core.launch import interpreted
 
 
 @pytest.fixture(params=["kernels", "reference"], autouse=True)
@@ -38,6 +40,31 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     x = torch.randn(8, 40, device=device) * torch.logspace(-3, 2, 8, device=device)[:, None]
     alone = torch.cat([sparsemax(row[None]) for row in x])
     assert torch.equal(sparsemax(x), alone)
+
+
+@pytest.fixture
+def division_of_a_gpu(monkeypatch):
+    """Let the interpreter divide as a GPU does unless told otherwise: wrong in the last bit."""
+    if interpreted():
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        def divide(self, a, b):
+            return self.binary_op(a, b, lambda a, b: (a * (a.dtype.type(1) / b)).astype(a.dtype))
+
+        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
+
+
+@pytest.mark.parametrize("D", [64, 17000])
+def test_an_element_at_the_threshold_is_outside(D, device, division_of_a_gpu):
+    """Rows of 2 to 40 numbers over τ = 2, of a grid of 1/64, and one at τ."""
+    x = torch.full((39, D), -1.0)
+    random = np.random.default_rng(0)
+    for size, row in enumerate(x, 2):
+        cuts = np.sort(random.choice(np.arange(1, 64), size - 1, replace=False))
+        row[:size] = torch.from_numpy(np.diff(cuts, prepend=0, append=64)) / 64.0 + 2.0
+        row[size] = 2.0
+    y = sparsemax(x.to(device, torch.bfloat16))
+    assert (y > 0).sum(-1).tolist() == list(range(2, 41))
 
 
 @pytest.mark.parametrize("D", [4, 17000])

@@ -58,6 +58,20 @@ def _positive(gap, LEAST: tl.constexpr):
 
 
 @triton.jit
+def _threshold(total, size):
+    """Give (total − 1) / size, exactly where float32 has that number.
+
+    Numbers of 2 bytes lie on a grid, and one in twenty-five rows of theirs has an element at τ
+    itself. It is outside, which `/` would not always see: of float32 it is not exact on a GPU. By a
+    step of Newton's and not by `div_rn`, which takes registers for a subroutine.
+    """
+    total, size = total - 1.0, size.to(total.dtype)
+    over = 1.0 / size
+    tau = total * over
+    return tl.fma(tl.fma(-tau, size, total), over, tau)
+
+
+@triton.jit
 def _sparsemax_fwd_kernel(
     x_ptr, y_ptr, x_stride_n, N, D,
     LEAST: tl.constexpr, CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
@@ -84,7 +98,7 @@ def _sparsemax_fwd_kernel(
         total = tl.sum(tl.where(above, z, 0.0), axis=1)
         shrank = fewer < size
         # A row whose answer is found keeps it, whatever its neighbours still have to do.
-        tau = tl.where(shrank, (total - 1.0) / fewer.to(COMPUTE), tau)
+        tau = tl.where(shrank, _threshold(total, fewer), tau)
         size = tl.where(shrank, fewer, size)
         changed = tl.max(shrank.to(tl.int32), axis=0)
     gap = z - tl.where(broken, float("nan"), tau)[:, None]
@@ -125,7 +139,7 @@ def _sparsemax_fwd_wide_kernel(
             total += tl.where(above, z, 0.0)
         fewer = tl.sum(count, axis=0)
         shrank = fewer < size
-        tau = tl.where(shrank, (tl.sum(total, axis=0) - 1.0) / fewer.to(COMPUTE), tau)
+        tau = tl.where(shrank, _threshold(tl.sum(total, axis=0), fewer), tau)
         size = tl.where(shrank, fewer, size)
         changed = shrank.to(tl.int32)
 
