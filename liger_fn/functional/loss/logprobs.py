@@ -38,9 +38,11 @@ from liger_fn.functional.core.launch import (
 )
 from liger_fn.functional.loss.cross_entropy import (
     check_target,
+    columns_of,
     scaled_and_capped,
     times_slope,
 )
+from liger_fn.functional.loss.divergence import exp_of
 
 
 class LogProbs(NamedTuple):
@@ -125,12 +127,25 @@ def _product_or_0(e, d):
 
 
 @triton.jit
+def _load_logits(
+    logits_ptr, col, V, width,
+    CAP: tl.constexpr, SCALE: tl.constexpr, PADDED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Load z; past V it is −∞."""
+    x = tl.load(logits_ptr + col, mask=col < width, other=float("-inf")).to(COMPUTE)
+    z = scaled_and_capped(x, SCALE, CAP)
+    if PADDED or CAP is not None or SCALE <= 0.0:
+        z = tl.where(col < V, z, float("-inf"))
+    return z
+
+
+@triton.jit
 def _logprobs_fwd_kernel(
     logits_ptr, target_ptr,
     logp_ptr, lse_ptr, entropy_ptr, top1_ptr, highest_ptr, log_sum_ptr,
     logits_stride_b, logits_stride_t, T, V, width, ignore_index,
     CAP: tl.constexpr, SCALE: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr,
-    LOWEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
+    PADDED: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += (row // T) * logits_stride_b + (row % T) * logits_stride_t
@@ -141,26 +156,23 @@ def _logprobs_fwd_kernel(
 
     # A lane reads 16 bytes of 2-byte logits at a time, and keeps a maximum and sums relative to it:
     # no lane waits for another before the end of the row.
-    lane = tl.arange(0, BLOCK_V // 8)
-    block = lane[:, None] * 8 + tl.arange(0, 8)[None, :]
+    lane = tl.arange(0, BLOCK_V // 8) * 8
     top = tl.full((BLOCK_V // 8,), LOWEST, COMPUTE)
-    where = lane * 8
+    where = lane
     sums = tl.zeros((BLOCK_V // 8,), COMPUTE)
     moments = tl.zeros((BLOCK_V // 8,), COMPUTE)
     for start in range(0, tl.where(live, V, 0), BLOCK_V):
-        col = start + block
-        x = tl.load(logits_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
-        z = tl.where(col < V, scaled_and_capped(x, SCALE, CAP), float("-inf"))
+        z = _load_logits(
+            logits_ptr, start + columns_of(BLOCK_V), V, width, CAP, SCALE, PADDED, COMPUTE
+        )
+        peak = tl.max(z, axis=1)
         if TOP1:
-            peak, at = tl.max(z, axis=1, return_indices=True)
-            where = tl.where(peak > top, start + lane * 8 + at, where)
-        else:
-            peak = tl.max(z, axis=1)
+            where = tl.where(peak > top, start + lane, where)
         higher = tl.maximum(top, peak)
         d = z - higher[:, None]
-        e = tl.exp(d)
+        e = exp_of(d)
         rise = top - higher
-        shrink = tl.exp(rise)
+        shrink = exp_of(rise)
         if ENTROPY:
             # Σ e^(z − top) · (z − top): a sum of small terms, whatever number all logits share.
             # Where e is 0, d may be −∞.
@@ -171,7 +183,7 @@ def _logprobs_fwd_kernel(
 
     highest = tl.where(live, tl.max(top, axis=0), 0.0)
     rise = top - highest
-    shrink = tl.exp(rise)
+    shrink = exp_of(rise)
     total = tl.where(live, tl.sum(shrink * sums, axis=0), 1.0)
     log_sum = tl.log(total)
     logp = (scaled_and_capped(x_t, SCALE, CAP) - highest) - log_sum
@@ -184,7 +196,11 @@ def _logprobs_fwd_kernel(
         moment = tl.sum(shrink * moments + _product_or_0(shrink, rise) * sums, axis=0)
         tl.store(entropy_ptr + row, tl.where(live, log_sum - moment / total, 0.0))
     if TOP1:
+        # The lanes have kept which eight logits hold their maximum, not which of the eight it is.
         first = tl.min(tl.where(top == highest, where, V), axis=0)
+        col = first + tl.arange(0, 8)
+        z = _load_logits(logits_ptr, col, tl.where(live, V, 0), width, CAP, SCALE, True, COMPUTE)
+        first += tl.argmax(z, axis=0)
         tl.store(top1_ptr + row, tl.where(live, first, -1).to(COMPUTE))
 
 
@@ -227,7 +243,7 @@ def _logprobs_bwd_kernel(
         x = tl.load(logits_ptr + col, mask=col < readable, other=0.0).to(COMPUTE)
         z = scaled_and_capped(x, SCALE, CAP)
         log_p = (z - highest) - log_sum
-        p = tl.exp(log_p)
+        p = exp_of(log_p)
         dz = pull * p
         if HAS_DENTROPY:
             # A forbidden class has p = 0 and log p = −∞.
@@ -278,7 +294,8 @@ def launch_fwd(
         logits.stride(0), logits.stride(1), logits.shape[1], V, V if width is None else width,
         ignore_index,
         CAP=softcap, SCALE=logit_scale, ENTROPY=entropy is not None, TOP1=top1 is not None,
-        LOWEST=torch.finfo(lse.dtype).min, COMPUTE=triton_dtype(lse.dtype), **_logprobs_config(V),
+        PADDED=width is not None, LOWEST=torch.finfo(lse.dtype).min,
+        COMPUTE=triton_dtype(lse.dtype), **_logprobs_config(V),
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def compilation_fwd(id: str, V: int, dtype: str = "*bf16", **options) -> Compila
     } | dict.fromkeys(
         ("logits_stride_b", "logits_stride_t", "T", "V", "width", "ignore_index"), "i32"
     )
-    constants = {"CAP": None, "SCALE": 1.0, "ENTROPY": False, "TOP1": False}
+    constants = {"CAP": None, "SCALE": 1.0, "ENTROPY": False, "TOP1": False, "PADDED": False}
     constants |= {"LOWEST": torch.finfo(torch.float32).min, "COMPUTE": tl.float32}
     if dtype == "*fp64":
         constants |= {"LOWEST": torch.finfo(torch.float64).min, "COMPUTE": tl.float64}
