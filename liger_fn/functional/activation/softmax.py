@@ -23,6 +23,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
+from liger_fn.functional.core.exponential import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -67,11 +68,20 @@ def _load_logits(
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Load z; outside it is −∞, which adds nothing to a sum of exponentials."""
-    z = tl.load(x_ptr + col, mask=inside, other=0.0).to(COMPUTE) * SCALE
+    z = tl.load(x_ptr + col, mask=inside, other=float("-inf")).to(COMPUTE) * SCALE
     if HAS_MASK:
         allowed = tl.load(mask_ptr + col.to(tl.int64) * mask_stride_d, mask=inside, other=0)
         inside &= allowed != 0
-    return tl.where(inside, z, float("-inf"))
+    if HAS_MASK or SCALE <= 0.0:
+        z = tl.where(inside, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def _columns_of(BLOCK_D: tl.constexpr):
+    """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
+    NEAR: tl.constexpr = 8 if BLOCK_D >= 8 else BLOCK_D
+    return tl.arange(0, BLOCK_D // NEAR)[:, None] * NEAR + tl.arange(0, NEAR)[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "H", "T"])
@@ -92,7 +102,7 @@ def _softmax_fwd_kernel(
 
     # Not below the lowest number: the sum over a row of −∞ is then 0, and y 0/0, NaN.
     top = tl.maximum(tl.max(z, axis=1), LOWEST)
-    e = tl.exp(z - top[:, None])
+    e = exp_of(z - top[:, None])
     total = tl.sum(e, axis=1)
     if HAS_MASK or CAUSAL:
         total = tl.where(total == 0.0, 1.0, total)
@@ -110,25 +120,25 @@ def _softmax_fwd_wide_kernel(
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, BLOCK_D)
+    block = _columns_of(BLOCK_D)
     width = (row % D).to(tl.int32) + 1 if CAUSAL else D
     x_ptr += row * x_stride_n
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
 
-    # Each lane keeps a maximum and a sum relative to it: one exponential an element, and no lane
-    # waits for another before the end of the row.
-    tops = tl.full((BLOCK_D,), LOWEST, COMPUTE)
-    sums = tl.zeros((BLOCK_D,), COMPUTE)
+    # Eight neighbours share a maximum and a sum relative to it: one exponential an element and few
+    # instructions more, and no thread waits for another before the end of the row.
+    tops = tl.full((block.shape[0],), LOWEST, COMPUTE)
+    sums = tl.zeros((block.shape[0],), COMPUTE)
     for start in range(0, width, BLOCK_D):
         col = start + block
         z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
-        e = tl.exp(-tl.abs(z - tops))
-        sums = tl.where(z > tops, sums * e + 1.0, sums + e)
-        tops = tl.maximum(tops, z)
+        higher = tl.maximum(tops, tl.max(z, axis=1))
+        sums = sums * exp_of(tops - higher) + tl.sum(exp_of(z - higher[:, None]), axis=1)
+        tops = higher
 
     top = tl.max(tops, axis=0)
-    total = tl.sum(sums * tl.exp(tops - top), axis=0)
+    total = tl.sum(sums * exp_of(tops - top), axis=0)
     if HAS_MASK or CAUSAL:
         total = tl.where(total == 0.0, 1.0, total)
     tl.store(top_ptr + row, top)
@@ -139,7 +149,7 @@ def _softmax_fwd_wide_kernel(
     for step in range(0, D, BLOCK_D):
         col = last - step + block
         z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
-        y = tl.exp(z - top) * over
+        y = exp_of(z - top) * over
         # Streaming, so that y drives no x out of the cache that is still to be read again.
         tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
 
@@ -148,11 +158,15 @@ def _softmax_fwd_config(D: int) -> dict:
     """A row in registers, 32 elements a thread: four 16-byte loads in flight, and several rows
     where one is too short for that.
 
-    Beyond 32768 elements a program walks along the row, as large as a multiprocessor takes: the
-    rows in flight then fit into the caches, from which they are read the second time.
+    Beyond 16384 elements a multiprocessor would have registers for one row, and nothing to do while
+    its warps wait for each other: a program walks along the row and reads it twice. Three programs
+    of up to 42 registers a thread share a multiprocessor, or two of 32, so long as the rows in
+    flight stay in the second-level cache; they are 34 MB of 132 programs at 131072 elements.
     """
-    if D > 32768:
-        return {"BLOCK_D": 16384, "num_warps": 32}
+    if D > 65536:
+        return {"BLOCK_D": 32768, "num_warps": 32}
+    if D > 16384:
+        return {"BLOCK_D": 16384, "num_warps": 16 if D <= 32768 else 32}
     block_d = next_power_of_2(D)
     block_n = min(32, max(1, 4096 // block_d))
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 1024)}
@@ -245,7 +259,7 @@ def _softmax_bwd_kernel(
     top = tl.load(top_ptr + row, mask=row < N, other=0.0)
     total = tl.load(total_ptr + row, mask=row < N, other=1.0)
 
-    y = tl.exp(z - top[:, None]) * (1.0 / total)[:, None]
+    y = exp_of(z - top[:, None]) * (1.0 / total)[:, None]
     dot = tl.sum(dy * y, axis=1)
     dx = y * (dy - dot[:, None]) * SCALE
 
@@ -274,23 +288,30 @@ def _softmax_bwd_wide_kernel(
         col = start + block
         z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
         dy = tl.load(dy_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
-        dots += dy * (tl.exp(z - top) * over)
+        dots += dy * exp_of(z - top)
 
-    dot = tl.sum(dots, axis=0)
+    dot = tl.sum(dots, axis=0) * over
+    over *= SCALE
 
     last = (D - 1) // BLOCK_D * BLOCK_D
     for step in range(0, D, BLOCK_D):
         col = last - step + block
         z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
         dy = tl.load(dy_ptr + col, mask=col < width, other=0.0).to(COMPUTE)
-        dx = tl.exp(z - top) * over * (dy - dot) * SCALE
+        dx = exp_of(z - top) * over * (dy - dot)
         tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
 
 
-def _softmax_bwd_config(D: int) -> dict:
-    """Half the tile of the forward pass, for two tensors are in registers at once."""
+def _softmax_bwd_config(D: int, plain: bool = True) -> dict:
+    """Half the tile of the forward pass, for two tensors are in registers at once.
+
+    So are two tensors of wider rows in the cache. What is not plain, masked or causal, has not the
+    registers for a block of 32768.
+    """
+    if D > 32768:
+        return {"BLOCK_D": 32768 if plain else 16384, "num_warps": 32}
     if D > 16384:
-        return {"BLOCK_D": 16384, "num_warps": 32}
+        return {"BLOCK_D": 16384, "num_warps": 16}
     block_d = next_power_of_2(D)
     block_n = min(32, max(1, 2048 // block_d))
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 512)}
@@ -300,7 +321,7 @@ def _softmax_bwd_config(D: int) -> dict:
 def _softmax_bwd_with(
     D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
 ) -> Bound:
-    config = _softmax_bwd_config(D)
+    config = _softmax_bwd_config(D, not (has_mask or causal))
     return Bound(
         _softmax_bwd_kernel if "BLOCK_N" in config else _softmax_bwd_wide_kernel,
         SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal,

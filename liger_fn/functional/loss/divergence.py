@@ -27,6 +27,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.exponential import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -97,16 +98,6 @@ def _kl_term(log_q, p, log_p, IN_LOG: tl.constexpr):
     else:
         slope = gap + 1.0
     return tl.where(none, 0.0, p * gap), -p, tl.where(none, 0.0, slope)
-
-
-@triton.jit
-def exp_of(x, SIGN: tl.constexpr = 1.0):
-    """By way of exp2, which takes half the instructions of exp; float64 cannot spare the digits."""
-    if x.dtype == tl.float64:
-        e = tl.exp(SIGN * x)
-    else:
-        e = tl.exp2(x * (SIGN * 1.4426950408889634))
-    return e
 
 
 @triton.jit

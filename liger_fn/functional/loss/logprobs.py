@@ -26,6 +26,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.exponential import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -42,7 +43,6 @@ from liger_fn.functional.loss.cross_entropy import (
     scaled_and_capped,
     times_slope,
 )
-from liger_fn.functional.loss.divergence import exp_of
 
 
 class LogProbs(NamedTuple):

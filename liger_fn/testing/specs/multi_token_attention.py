@@ -61,7 +61,7 @@ def kernels() -> list[Compilation]:
         tile = "BLOCK_N" in config
         kernel = softmax._softmax_fwd_kernel if tile else softmax._softmax_fwd_wide_kernel
         out.append(compilation(f"softmax-fwd-{T}", kernel, config, LOWEST=lowest, CAUSAL=True))
-        config = softmax._softmax_bwd_config(T)
+        config = softmax._softmax_bwd_config(T, plain=False)
         kernel = softmax._softmax_bwd_kernel if tile else softmax._softmax_bwd_wide_kernel
         out.append(compilation(f"softmax-bwd-{T}", kernel, config, CAUSAL=True))
 

@@ -68,7 +68,7 @@ def kernels() -> list[Compilation]:
         id = f"{D}-masked" if masked else str(D)
         flags = {"HAS_MASK": masked}
         out.append(compilation(f"fwd-{id}", tile, config, LOWEST=lowest, **flags))
-        config = room._softmax_bwd_config(D)
+        config = room._softmax_bwd_config(D, not masked)
         tile = room._softmax_bwd_kernel if "BLOCK_N" in config else room._softmax_bwd_wide_kernel
         out.append(compilation(f"bwd-{id}", tile, config, **flags))
     return out

@@ -1,0 +1,16 @@
+"""The exponential of kernels."""
+
+from liger_fn.functional.core.launch import tl, triton
+
+
+@triton.jit
+def exp_of(x, SIGN: tl.constexpr = 1.0):
+    """exp(SIGN · x), by way of exp2, which takes half the instructions of exp.
+
+    What would be subnormal is 0; float64 cannot spare the digits.
+    """
+    if x.dtype == tl.float64:
+        e = tl.exp(SIGN * x)
+    else:
+        e = tl.exp2(x * (SIGN * 1.4426950408889634))
+    return e
