@@ -101,19 +101,18 @@ def _kl_term(log_q, p, log_p, IN_LOG: tl.constexpr):
 
 
 @triton.jit
-def _log_of_mix(mix, NARROW: tl.constexpr):
-    """One instruction, good to 2⁻²² between ½ and 2, instead of the twenty of `tl.log`.
+def _log_of(x, NARROW: tl.constexpr, NORMAL: tl.constexpr):
+    """One instruction, good to 2⁻²² (between ½ and 2 of 1, else of itself), not `tl.log`'s twenty.
 
-    Of inputs of 2 bytes: the exponential that the mixture is made of is no better, and float32 has
-    twice the time.
+    Of inputs of 2 bytes: the exponentials beside it are no better, and float32 has twice the time.
+    NORMAL: x is no subnormal number, of which the instruction alone takes none.
     """
     if _PTX and NARROW:
-        log2 = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [mix], dtype=tl.float32, is_pure=True, pack=1
-        )
+        LOG2: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;" if NORMAL else "lg2.approx.f32 $0, $1;"
+        log2 = tl.inline_asm_elementwise(LOG2, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
         log = log2 * 0.6931471805599453
     else:
-        log = tl.log(mix)
+        log = tl.log(x)
     return log
 
 
@@ -132,7 +131,7 @@ def _jsd_term(x, y, BETA: tl.constexpr, NARROW: tl.constexpr):
     weight = tl.where(gap >= 0.0, tl.full((), BETA, x.dtype), tl.full((), 1.0 - BETA, x.dtype))
     # Written so that equal sides, whose share is 1, give exactly 0.
     mix = 1.0 + weight * (share - 1.0)
-    log_mix = _log_of_mix(mix, NARROW)
+    log_mix = _log_of(mix, NARROW, True)
     term = greater * (-weight * (tl.abs(gap) * share) - mix * log_mix)
     dx = (1.0 - BETA) * exp_of(x) * (tl.minimum(gap, 0.0) - log_mix)
     dy = BETA * exp_of(y) * (tl.minimum(-gap, 0.0) - log_mix)
@@ -146,7 +145,7 @@ def term_of(x, y, KIND: tl.constexpr, BETA: tl.constexpr, NARROW: tl.constexpr =
     NARROW: x and y are numbers of 2 bytes.
     """
     if KIND == "kl":
-        term, dx, dy = _kl_term(x, y, tl.log(tl.where(y == 0.0, 1.0, y)), False)
+        term, dx, dy = _kl_term(x, y, _log_of(tl.where(y == 0.0, 1.0, y), NARROW, False), False)
     elif KIND == "kl_log":
         term, dx, dy = _kl_term(x, exp_of(y), y, True)
     elif KIND == "reverse_kl":
