@@ -4,12 +4,13 @@
     dweight_v = Σ over {n: t_n = v} of dy_n
 
 Forward a row is copied: 4 bytes per element of a 2-byte y. Backward the numbers are sorted, so that
-the rows of dy that belong to one row of the table are neighbours in that order; they are added in
-float32, in the order of n, and written once: 2 bytes per element of dy and of dweight, no atomics,
+the rows of dy that belong to one row of the table are neighbours in that order, and a search finds
+where each row's begin. Each row of the table, with what belongs to it or not, is then written once:
+they are added in float32, in the order of n; 2 bytes per element of dy and of dweight, no atomics,
 the same bits twice. That order is cut into chunks, for some rows (of padding, say) come thousands
-of times: a program adds what one number has in one chunk, and a second launch adds the parts of the
-numbers that reach beyond theirs. The table is named by the backward pass for its shape and dtype;
-it is not read.
+of times: of a number that reaches beyond its chunk each chunk's part is added before, and the row
+of the table is the sum of the parts. The table is named by the backward pass for its shape and
+dtype; it is not read.
 """
 
 import math
@@ -24,13 +25,16 @@ from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
     cdiv,
+    dense_like,
     has_work,
     next_power_of_2,
+    sm_count,
     tl,
     triton,
     triton_dtype,
     unit_stride,
 )
+from liger_fn.functional.norm.rows import strips_of
 
 
 def reference(input: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> Tensor:
@@ -71,77 +75,113 @@ def _embedding_fwd_kernel(
     tl.store(y_ptr + row[:, None] * D + col[None, :], y, mask=inside)
 
 
+@triton.jit(do_not_specialize=["N", "padding"])
+def _embedding_numbers_kernel(input_ptr, numbers_ptr, N, V, padding, BLOCK_N: tl.constexpr):
+    position = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.load(input_ptr + position, mask=position < N, other=0).to(tl.int64)
+    # Beyond the table it belongs to no row.
+    number = tl.where((t >= 0) & (t < V) & (t != padding), t, V)
+    tl.store(numbers_ptr + position, number, mask=position < N)
+
+
+@triton.jit(do_not_specialize=["N", "halvings"])
+def _embedding_starts_kernel(numbers_ptr, starts_ptr, N, V, halvings, BLOCK_V: tl.constexpr):
+    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    low, high = tl.zeros((BLOCK_V,), tl.int64), tl.zeros((BLOCK_V,), tl.int64) + N
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        open_ = low < high
+        less = open_ & (tl.load(numbers_ptr + middle, mask=open_, other=0).to(tl.int64) < v)
+        low = tl.where(less, middle + 1, low)
+        high = tl.where(open_ & (less == 0), middle, high)
+    tl.store(starts_ptr + v, low, mask=v <= V)
+
+
 @triton.jit
-def _embedding_bwd_kernel(
-    numbers_ptr, order_ptr, dy_ptr, dweight_ptr, parts_ptr, dy_stride_n, N, V, D,
-    CHUNK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _sum_of_rows(
+    dy_ptr, order_ptr, dy_stride_n, start, end, col, D, sums,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(D, BLOCK_D)
-    first = (tl.program_id(0) // tiles).to(tl.int64)
-    col = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    v = tl.load(numbers_ptr + first)
-    before = tl.load(numbers_ptr + first - 1, mask=first > 0, other=-1)
-    live = ((before != v) | (first % CHUNK == 0)) & (v >= 0) & (v < V)
-    last = tl.minimum((first // CHUNK + 1) * CHUNK, N)
-
-    sums = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-    start = first
-    more = live
+    """Add to each row of a tile the rows of dy at its positions from start to end, in order."""
+    step = tl.zeros_like(start)
+    more = tl.max(end - start, axis=0) > 0
     while more:
-        position = start + tl.arange(0, BLOCK_N)
-        number = tl.load(numbers_ptr + position, mask=position < last, other=-1)
-        row = tl.load(order_ptr + position, mask=number == v, other=0)
-        inside = (number == v)[:, None] & (col < D)[None, :]
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col[None, :], mask=inside, other=0.0)
-        sums += dy.to(COMPUTE)
-        start += BLOCK_N
-        more = tl.sum((number == v).to(tl.int32), axis=0) == BLOCK_N
-
-    total = tl.sum(sums, axis=0)
-    # Only the last number of a chunk can go on in the next one.
-    at_end = tl.load(numbers_ptr + last - 1)
-    after = tl.load(numbers_ptr + last, mask=last < N, other=-1)
-    whole = (before != v) & ((at_end != v) | (after != v))
-    apart = (before == v) | ((at_end == v) & (after == v))
-    # A chunk has two parts at most: of a number that came into it, and of one that goes on.
-    part = 2 * (first // CHUNK) + (first % CHUNK != 0).to(tl.int64)
-    tl.store(dweight_ptr + v * D + col, total, mask=col < tl.where(live & whole, D, 0))
-    tl.store(parts_ptr + part * D + col, total, mask=col < tl.where(live & apart, D, 0))
+        for i in tl.static_range(ROWS):
+            position = start + step + i
+            row = tl.load(order_ptr + position, mask=position < end, other=0)
+            inside = (position < end)[:, None] & (col < D)[None, :]
+            dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col[None, :], mask=inside, other=0.0)
+            sums += dy.to(sums.dtype)
+        step += ROWS
+        more = tl.max(end - start - step, axis=0) > 0
+    return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _embedding_bwd_parts_kernel(
-    numbers_ptr, parts_ptr, dweight_ptr, N, V, D,
-    CHUNK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    numbers_ptr, order_ptr, dy_ptr, parts_ptr, dy_stride_n, N, V, D,
+    CHUNK: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(D, BLOCK_D)
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    part = (tl.program_id(0) // tiles).to(tl.int64)
     col = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first, after = chunk * CHUNK, (chunk + 1) * CHUNK
-    v = tl.load(numbers_ptr + after - 1, mask=after < N, other=-1)
-    goes_on = tl.load(numbers_ptr + after, mask=after < N, other=-1) == v
-    # Of a number that came into this chunk an earlier one takes care.
+    first = part // 2 * CHUNK + tl.zeros((1,), tl.int64)
+    last = tl.minimum(first + CHUNK, N)
     at_first = tl.load(numbers_ptr + first)
-    before = tl.load(numbers_ptr + first - 1, mask=first > 0, other=-1)
-    live = goes_on & ((at_first != v) | (before != v)) & (v >= 0) & (v < V)
+    at_end = tl.load(numbers_ptr + last - 1)
+    came_in = tl.load(numbers_ptr + first - 1, mask=first > 0, other=-1) == at_first
+    goes_on = tl.load(numbers_ptr + last, mask=last < N, other=-1) == at_end
 
-    part = 2 * chunk + (at_first != v).to(tl.int64)
-    written = col < tl.where(live, D, 0)
-    total = tl.load(parts_ptr + part * D + col, mask=written, other=0.0)
-    sums = tl.zeros((BLOCK_C, BLOCK_D), COMPUTE)
-    start = chunk + 1
-    more = live
-    while more:
-        c = start + tl.arange(0, BLOCK_C)
-        mine = tl.load(numbers_ptr + c * CHUNK, mask=c * CHUNK < N, other=-1) == v
-        inside = mine[:, None] & (col < D)[None, :]
-        sums += tl.load(parts_ptr + 2 * c[:, None] * D + col[None, :], mask=inside, other=0.0)
-        start += BLOCK_C
-        more = tl.sum(mine.to(tl.int32), axis=0) == BLOCK_C
+    position = first + tl.arange(0, CHUNK)
+    number = tl.load(numbers_ptr + position, mask=position < last, other=-1)
+    # Of a number that came in and goes on, the first part has what lies in this chunk.
+    if part % 2 == 0:
+        start = first
+        end = first + tl.where(came_in, tl.sum((number == at_first).to(tl.int32), axis=0), 0)
+        end = tl.where(at_first < V, end, start)
+    else:
+        begins = goes_on & ((at_first != at_end) | (came_in == 0)) & (at_end < V)
+        start = last - tl.where(begins, tl.sum((number == at_end).to(tl.int32), axis=0), 0)
+        end = last
 
-    # By way of float32: Triton's interpreter cannot round float64 to bfloat16.
-    total = (total + tl.sum(sums, axis=0)).to(COMPUTE)
-    tl.store(dweight_ptr + v * D + col, total, mask=written)
+    sums = tl.zeros((1, BLOCK_D), COMPUTE)
+    sums = _sum_of_rows(dy_ptr, order_ptr, dy_stride_n, start, end, col, D, sums, ROWS)
+    written = (start < end)[:, None] & (col < D)[None, :]
+    tl.store(parts_ptr + part * D + tl.zeros((1, 1), tl.int64) + col[None, :], sums, mask=written)
+
+
+@triton.jit(do_not_specialize=["strip"])
+def _embedding_bwd_kernel(
+    starts_ptr, order_ptr, dy_ptr, parts_ptr, dweight_ptr, dy_stride_n, V, D, strip,
+    CHUNK: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(D, BLOCK_D)
+    program = (tl.program_id(0) // tiles).to(tl.int64)
+    col = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+    for step in range(0, strip, BLOCK_V):
+        v = program * strip + step + tl.arange(0, BLOCK_V)
+        start = tl.load(starts_ptr + v, mask=v < V, other=0)
+        end = tl.load(starts_ptr + v + 1, mask=v < V, other=0)
+        chunk, last_chunk = start // CHUNK, (end - 1) // CHUNK
+        in_parts = last_chunk > chunk
+
+        sums = tl.zeros((BLOCK_V, BLOCK_D), COMPUTE)
+        alone = tl.where(in_parts, start, end)
+        sums = _sum_of_rows(dy_ptr, order_ptr, dy_stride_n, start, alone, col, D, sums, ROWS)
+        part = 2 * chunk + 1
+        more = tl.max(in_parts.to(tl.int32), axis=0) > 0
+        while more:
+            left = in_parts & (part <= 2 * last_chunk)
+            inside = left[:, None] & (col < D)[None, :]
+            sums += tl.load(parts_ptr + part[:, None] * D + col[None, :], mask=inside, other=0.0)
+            # After the part of its first chunk, those of numbers that came into theirs.
+            part = part // 2 * 2 + 2
+            more = tl.max((in_parts & (part <= 2 * last_chunk)).to(tl.int32), axis=0) > 0
+
+        inside = (v < V)[:, None] & (col < D)[None, :]
+        tl.store(dweight_ptr + v[:, None] * D + col[None, :], sums, mask=inside)
 
 
 def _embedding_fwd_config(D: int) -> dict:
@@ -153,16 +193,31 @@ def _embedding_fwd_config(D: int) -> dict:
 # Positions whose sum is one program's work.
 _CHUNK = 64
 
+# Programs of a multiprocessor that divide the table: the last to end has little left to do alone.
+_PER_SM = 64
+
 
 def _embedding_bwd_config(D: int) -> dict:
-    """Four rows at a time, for most numbers come no more often."""
-    block_d = min(512, next_power_of_2(D))
-    return {"BLOCK_D": block_d, "BLOCK_N": 4, "num_warps": max(1, block_d // 128)}
+    """4096 elements for eight warps: 16 sums a thread, of which two rows are on their way at once.
+
+    That leaves registers for a thousand threads, whose stores of 8 KiB a program keep the memory
+    busy: most rows of a table are only written.
+    """
+    block_d = min(4096, next_power_of_2(D))
+    return {"BLOCK_D": block_d, "BLOCK_V": min(32, 4096 // block_d), "ROWS": 2, "num_warps": 8}
 
 
 def _embedding_bwd_parts_config(D: int) -> dict:
+    """Narrow tiles of many rows at once, for few programs have anything to add."""
     block_d = min(512, next_power_of_2(D))
-    return {"BLOCK_D": block_d, "BLOCK_C": 4, "num_warps": max(1, block_d // 128)}
+    return {"BLOCK_D": block_d, "ROWS": 4, "num_warps": max(1, block_d // 256)}
+
+
+def _number_dtype(V: int) -> torch.dtype:
+    """The narrowest that holds V: a sort by digits takes a pass for each byte."""
+    if torch.iinfo(torch.int16).max >= V:
+        return torch.int16
+    return torch.int32 if torch.iinfo(torch.int32).max >= V else torch.int64
 
 
 def embedding_fwd(input: Tensor, weight: Tensor, padding_idx: int | None) -> tuple[Tensor]:
@@ -183,31 +238,40 @@ def embedding_fwd(input: Tensor, weight: Tensor, padding_idx: int | None) -> tup
 def embedding_bwd(
     input: Tensor, weight: Tensor, dy: Tensor, padding_idx: int | None
 ) -> tuple[Tensor]:
-    # Most rows of a table get no gradient at all.
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dweight = dense_like(weight)
+    if not has_work(dy):
+        return (dweight.zero_(),)
 
-    if has_work(dy):
-        V, D = weight.shape
-        numbers = input.reshape(-1).long()
-        if padding_idx is not None:
-            # Beyond the table it belongs to no row.
-            numbers = numbers.masked_fill(numbers == padding_idx, V)
-        numbers, order = numbers.sort(stable=True)
-        N, chunks = numbers.numel(), cdiv(numbers.numel(), _CHUNK)
-        dy, compute = as_rows(dy), accumulator(dy.dtype)
-        parts = dy.new_empty((2 * chunks, D), dtype=compute)
+    V, D = weight.shape
+    input, dy, compute = unit_stride(input.reshape(-1)), as_rows(dy), accumulator(dy.dtype)
+    N, chunks = input.numel(), cdiv(input.numel(), _CHUNK)
+    numbers = torch.empty_like(input, dtype=_number_dtype(V))
+    launch(
+        _embedding_numbers_kernel, (cdiv(N, 256),),
+        input, numbers, N, V, -1 if padding_idx is None else padding_idx,
+        BLOCK_N=256, num_warps=4,
+    )  # fmt: skip
+    numbers, order = numbers.sort(stable=True)
+    starts = order.new_empty(V + 1)
+    launch(
+        _embedding_starts_kernel, (cdiv(V + 1, 256),),
+        numbers, starts, N, V, N.bit_length(), BLOCK_V=256, num_warps=4,
+    )  # fmt: skip
 
-        options = {"CHUNK": _CHUNK, "COMPUTE": triton_dtype(compute)}
-        config = _embedding_bwd_config(D)
-        launch(
-            _embedding_bwd_kernel, (N * cdiv(D, config["BLOCK_D"]),),
-            numbers, order, dy, dweight, parts, dy.stride(0), N, V, D, **options, **config,
-        )  # fmt: skip
-        config = _embedding_bwd_parts_config(D)
-        launch(
-            _embedding_bwd_parts_kernel, (chunks * cdiv(D, config["BLOCK_D"]),),
-            numbers, parts, dweight, N, V, D, **options, **config,
-        )  # fmt: skip
+    parts = dy.new_empty((2 * chunks, D), dtype=compute)
+    options = {"CHUNK": _CHUNK, "COMPUTE": triton_dtype(compute)}
+    config = _embedding_bwd_parts_config(D)
+    launch(
+        _embedding_bwd_parts_kernel, (2 * chunks * cdiv(D, config["BLOCK_D"]),),
+        numbers, order, dy, parts, dy.stride(0), N, V, D, **options, **config,
+    )  # fmt: skip
+    config = _embedding_bwd_config(D)
+    tiles = cdiv(D, config["BLOCK_D"])
+    programs, strip = strips_of(V, config["BLOCK_V"], _PER_SM * sm_count(dy.device))
+    launch(
+        _embedding_bwd_kernel, (programs * tiles,),
+        starts, order, dy, parts, dweight, dy.stride(0), V, D, strip, **options, **config,
+    )  # fmt: skip
     return (dweight,)
 
 
@@ -245,7 +309,7 @@ def embedding(input: Tensor, weight: Tensor, *, padding_idx: int | None = None) 
     Precision: rows are copied; dweight is summed in float32 (float64 for float64) and rounded once,
         in the order of the input and without atomics.
     Memory: input and weight live until the backward pass, which allocates dweight and, for a while,
-        an eighth of a byte per element of y and 24 bytes per number.
+        an eighth of a byte per element of y, 24 bytes per number and 8 per row of the table.
     Source: Mikolov et al., "Efficient Estimation of Word Representations in Vector Space", 2013.
     """
     check.integer("embedding", "input", input)

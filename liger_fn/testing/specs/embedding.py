@@ -32,9 +32,24 @@ def kernels() -> list[Compilation]:
         "bwd": (room._embedding_bwd_kernel, room._embedding_bwd_config, sums),
         "bwd-parts": (room._embedding_bwd_parts_kernel, room._embedding_bwd_parts_config, sums),
     }
-    others = dict.fromkeys(("input_ptr", "numbers_ptr", "order_ptr"), "*i64")
-    others["parts_ptr"] = "*fp32"
-    out = []
+    others = dict.fromkeys(("input_ptr", "order_ptr", "starts_ptr"), "*i64")
+    others |= {"numbers_ptr": "*i32", "parts_ptr": "*fp32"}
+    out = [
+        Compilation(
+            name,
+            kernel,
+            {
+                n: others.get(n, "i32")
+                for n in inspect.signature(kernel.fn).parameters
+                if n != block
+            },
+            {block: 256},
+        )
+        for name, kernel, block in (
+            ("numbers", room._embedding_numbers_kernel, "BLOCK_N"),
+            ("starts", room._embedding_starts_kernel, "BLOCK_V"),
+        )
+    ]
     for name, (kernel, config, constants) in passes.items():
         for D in (96, 4096):
             options = {**constants, **config(D)}
