@@ -88,4 +88,15 @@ def sm_count(device: torch.device) -> int:
     return _sm_count(device.index or 0) if device.type == "cuda" else 4
 
 
+@functools.cache
+def _shared_memory(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", 65536)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; 64 KiB for the interpreter."""
+    return _shared_memory(device.index or 0) if device.type == "cuda" else 65536
+
+
 Launcher = Callable[..., tuple]

@@ -7,9 +7,11 @@
     dv_l     = alpha_l · dout + ds_l · rstd_l · (query − v_l · rstd_l · score_l / D)
     dquery   = Σ_tokens Σ_l ds_l · rstd_l · v_l
 
-The weight of the norm is multiplied into the query, which is one row, beforehand. A program takes a
-token, or some, and goes over the L outputs of each twice, the second time out of the cache: as long
-as a token's L · D numbers are 128 KiB at most. Memory traffic in bytes per token of a 2-byte v:
+The weight of the norm is multiplied into the query, which is one row, beforehand. A token's L · D
+numbers are read once and stay in registers, as long as they are 64 KiB at most, with L and D
+rounded up to powers of two: one persistent launch a pass, each program going over tokens while its
+next ones are on their way. Of more, a program goes over a token's columns twice, the second time
+out of the cache. Memory traffic in bytes per token of a 2-byte v:
 2·D·(L + 1) forward, 2·D·(2·L + 1) backward (read v and dout, write dv). Kept are v, and 8 bytes of
 each output: alpha and rstd. The shares of dquery are added in a fixed order, without atomics.
 """
@@ -29,6 +31,7 @@ from liger_fn.functional.core.launch import (
     dense_like,
     has_work,
     next_power_of_2,
+    shared_memory,
     sm_count,
     tl,
     triton,
@@ -38,7 +41,6 @@ from liger_fn.functional.core.launch import (
 from liger_fn.functional.loss.divergence import batches
 from liger_fn.functional.norm.blocks import (
     PER_SM,
-    add_to_part,
     load_block,
     load_features,
     store_block,
@@ -76,15 +78,12 @@ def _weighted(values: Tensor, query: Tensor, weight: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _put(t, depth, block, column):
-    """Write the column of one depth into a tile (BLOCK_N, BLOCK_L)."""
-    return tl.where(depth[None, :] == block, column[:, None], t)
-
-
-@triton.jit
-def _pick(t, depth, block):
-    """Give the column of one depth of a tile (BLOCK_N, BLOCK_L), as a column."""
-    return tl.sum(tl.where(depth[None, :] == block, t, 0.0), axis=1)[:, None]
+def _load_token(ptr, row, stride_n, stride_l, inside, depth, D, BLOCK_D: tl.constexpr):
+    """Load what all blocks have given to some tokens: a tile (BLOCK_N, BLOCK_L, BLOCK_D)."""
+    col = tl.arange(0, BLOCK_D)
+    at = row[:, None] * stride_n + depth[None, :].to(tl.int64) * stride_l
+    mask = inside[:, :, None] & (col < D)[None, None, :]
+    return tl.load(ptr + at[:, :, None] + col[None, None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "L"])
@@ -92,120 +91,192 @@ def _attention_residual_fwd_kernel(
     values_ptr, query_ptr, out_ptr, alpha_ptr, rstd_ptr,
     values_stride_n, values_stride_l, N, L, D,
     EPS: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = row < N
     depth = tl.arange(0, BLOCK_L)
-    inside = in_n[:, None] & (depth < L)[None, :]
+    in_l = (depth < L)[None, :]
+    query = load_features(query_ptr, 0, D, COMPUTE, BLOCK_D)[None, :, :]
 
-    score = tl.full((BLOCK_N, BLOCK_L), float("-inf"), COMPUTE)
-    rstd = tl.zeros((BLOCK_N, BLOCK_L), COMPUTE)
-    v_ptr = values_ptr
-    for block in range(L):
-        squares = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-        dots = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-        for start in range(0, D, BLOCK_D):
-            v = load_block(v_ptr, row, values_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-            squares += v * v
-            dots += v * load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
-        rstd_l = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + EPS)
-        rstd = _put(rstd, depth, block, rstd_l)
-        score = _put(score, depth, block, tl.sum(dots, axis=1) * rstd_l)
-        v_ptr += values_stride_l
+    for step in tl.range(
+        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES
+    ):
+        row = tl.cast(step, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = row < N
+        inside = in_n[:, None] & in_l
+        v = _load_token(
+            values_ptr, row, values_stride_n, values_stride_l, inside, depth, D, BLOCK_D
+        ).to(COMPUTE)
+        rstd = 1.0 / tl.sqrt(tl.sum(v * v, axis=2) / D + EPS)
+        score = tl.where(in_l, tl.sum(v * query, axis=2) * rstd, float("-inf"))
+        alpha = tl.exp(score - tl.max(score, axis=1)[:, None])
+        alpha /= tl.sum(alpha, axis=1)[:, None]
+        at = row[:, None] * L + depth[None, :]
+        tl.store(alpha_ptr + at, alpha, mask=inside)
+        tl.store(rstd_ptr + at, rstd, mask=inside)
+        out = tl.sum(alpha[:, :, None] * v, axis=1)
+        store_block(out_ptr, row, D, in_n, 0, D, out, BLOCK_D)
 
-    alpha = tl.exp(score - tl.max(score, axis=1)[:, None])
-    alpha /= tl.sum(alpha, axis=1)[:, None]
-    at = row[:, None] * L + depth[None, :]
-    tl.store(alpha_ptr + at, alpha, mask=inside)
-    tl.store(rstd_ptr + at, rstd, mask=inside)
 
+@triton.jit
+def _in_threads(t, GROUP: tl.constexpr):
+    """Add up neighbours that one thread has loaded together."""
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // GROUP, GROUP)), axis=2)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _attention_residual_fwd_wide_kernel(
+    values_ptr, query_ptr, out_ptr, alpha_ptr, rstd_ptr,
+    values_stride_n, values_stride_l, L, D,
+    EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    depth = tl.arange(0, BLOCK_L).to(tl.int64)
+    in_l = depth < L
+    v_ptr = values_ptr + row * values_stride_n
+
+    # Of all depths at once: their loads wait together, and one reduction follows.
+    squares = tl.zeros((BLOCK_L, BLOCK_D // GROUP), COMPUTE)
+    dots = tl.zeros((BLOCK_L, BLOCK_D // GROUP), COMPUTE)
     for start in range(0, D, BLOCK_D):
-        out = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-        v_ptr = values_ptr
-        for block in range(L):
-            v = load_block(v_ptr, row, values_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-            out += _pick(alpha, depth, block) * v
-            v_ptr += values_stride_l
-        store_block(out_ptr, row, D, in_n, start, D, out, BLOCK_D)
+        query = load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
+        v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
+        squares += _in_threads(v * v, GROUP)
+        dots += _in_threads(v * query, GROUP)
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + EPS)
+    score = tl.where(in_l, tl.sum(dots, axis=1) * rstd, float("-inf"))
+    alpha = tl.exp(score - tl.max(score, axis=0))
+    alpha /= tl.sum(alpha, axis=0)
+    tl.store(alpha_ptr + row * L + depth, alpha, mask=in_l)
+    tl.store(rstd_ptr + row * L + depth, rstd, mask=in_l)
+
+    # From the end: what was read last is the likeliest to be in the cache.
+    for done in range(0, D, BLOCK_D):
+        start = (D - 1 - done) // BLOCK_D * BLOCK_D
+        v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
+        col = start + tl.arange(0, BLOCK_D)
+        tl.store(out_ptr + row * D + col, tl.sum(alpha[:, None] * v, axis=0), mask=col < D)
 
 
-@triton.jit(do_not_specialize=["N", "L", "strip"])
+@triton.jit(do_not_specialize=["N", "L"])
 def _attention_residual_bwd_kernel(
     values_ptr, query_ptr, alpha_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
     values_stride_n, values_stride_l, dout_stride_n, dvalues_stride_n, dvalues_stride_l,
-    N, L, D, strip,
+    N, L, D,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
     depth = tl.arange(0, BLOCK_L)
-    if dquery_part_ptr is not None:
-        dquery_part_ptr += program * D
+    col = tl.arange(0, BLOCK_D)
+    query = load_features(query_ptr, 0, D, COMPUTE, BLOCK_D)[None, :, :]
+    dquery = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
 
-    for step in range(0, strip, BLOCK_N):
-        in_strip = step + tl.arange(0, BLOCK_N)
-        row = program * strip + in_strip
-        in_n = (row < N) & (in_strip < strip)
+    for step in tl.range(
+        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES
+    ):
+        row = tl.cast(step, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = row < N
         inside = in_n[:, None] & (depth < L)[None, :]
         at = row[:, None] * L + depth[None, :]
         alpha = tl.load(alpha_ptr + at, mask=inside, other=0.0)
         rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
+        v = _load_token(
+            values_ptr, row, values_stride_n, values_stride_l, inside, depth, D, BLOCK_D
+        ).to(COMPUTE)
+        dout = load_block(dout_ptr, row, dout_stride_n, in_n, 0, D, COMPUTE, BLOCK_D)[:, None, :]
 
-        dalpha = tl.zeros((BLOCK_N, BLOCK_L), COMPUTE)
-        dots = tl.zeros((BLOCK_N, BLOCK_L), COMPUTE)
-        v_ptr = values_ptr
-        for block in range(L):
-            to_dout = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-            to_query = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-            for start in range(0, D, BLOCK_D):
-                v = load_block(v_ptr, row, values_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-                to_dout += v * load_block(
-                    dout_ptr, row, dout_stride_n, in_n, start, D, COMPUTE, BLOCK_D
-                )
-                to_query += v * load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
-            dalpha = _put(dalpha, depth, block, tl.sum(to_dout, axis=1))
-            dots = _put(dots, depth, block, tl.sum(to_query, axis=1))
-            v_ptr += values_stride_l
+        dalpha = tl.sum(v * dout, axis=2)
         ds = alpha * (dalpha - tl.sum(alpha * dalpha, axis=1)[:, None])
         along_query = ds * rstd
-        along_v = along_query * rstd * rstd * dots / D
+        dquery += tl.sum(along_query[:, :, None] * v, axis=1)
+        if dvalues_ptr is not None:
+            along_v = along_query * rstd * rstd * tl.sum(v * query, axis=2) / D
+            dv = alpha[:, :, None] * dout + along_query[:, :, None] * query
+            dv -= along_v[:, :, None] * v
+            to = row[:, None] * dvalues_stride_n + depth[None, :].to(tl.int64) * dvalues_stride_l
+            mask = inside[:, :, None] & (col < D)[None, None, :]
+            tl.store(dvalues_ptr + to[:, :, None] + col[None, None, :], dv, mask=mask)
 
+    if dquery_part_ptr is not None:
+        part = dquery_part_ptr + tl.program_id(0).to(tl.int64) * D
+        tl.store(part + col, tl.sum(dquery, axis=0), mask=col < D)
+
+
+@triton.jit(do_not_specialize=["N", "L", "strip"])
+def _attention_residual_bwd_wide_kernel(
+    values_ptr, query_ptr, alpha_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
+    values_stride_n, values_stride_l, dout_stride_n, dvalues_stride_n, dvalues_stride_l,
+    N, L, D, strip,
+    COMPUTE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    depth = tl.arange(0, BLOCK_L).to(tl.int64)
+    in_l = depth < L
+    if dquery_part_ptr is not None:
+        dquery_part_ptr += program * D
         for start in range(0, D, BLOCK_D):
-            dout = load_block(dout_ptr, row, dout_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-            query = load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
-            dquery = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-            v_ptr, dv_ptr = values_ptr, dvalues_ptr
-            for block in range(L):
-                v = load_block(v_ptr, row, values_stride_n, in_n, start, D, COMPUTE, BLOCK_D)
-                slope = _pick(along_query, depth, block)
-                dquery += slope * v
-                if dvalues_ptr is not None:
-                    dv = _pick(alpha, depth, block) * dout + slope * query
-                    dv -= _pick(along_v, depth, block) * v
-                    store_block(dv_ptr, row, dvalues_stride_n, in_n, start, D, dv, BLOCK_D)
-                    dv_ptr += dvalues_stride_l
-                v_ptr += values_stride_l
-            if dquery_part_ptr is not None:
-                add_to_part(dquery_part_ptr, step, start, D, tl.sum(dquery, axis=0), BLOCK_D)
+            col = start + tl.arange(0, BLOCK_D)
+            tl.store(dquery_part_ptr + col, tl.zeros((BLOCK_D,), COMPUTE), mask=col < D)
+
+    for step in range(tl.minimum(strip, N - program * strip)):
+        # What one thread has written of dquery, another may read.
         tl.debug_barrier()
+        row = program * strip + step
+        alpha = tl.load(alpha_ptr + row * L + depth, mask=in_l, other=0.0)
+        rstd = tl.load(rstd_ptr + row * L + depth, mask=in_l, other=0.0)
+        v_ptr = values_ptr + row * values_stride_n
+        dout_row = dout_ptr + row * dout_stride_n
+
+        to_dout = tl.zeros((BLOCK_L, BLOCK_D // GROUP), COMPUTE)
+        to_query = tl.zeros((BLOCK_L, BLOCK_D // GROUP), COMPUTE)
+        for start in range(0, D, BLOCK_D):
+            dout = load_features(dout_row, start, D, COMPUTE, BLOCK_D)
+            query = load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
+            v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
+            to_dout += _in_threads(v * dout, GROUP)
+            to_query += _in_threads(v * query, GROUP)
+        dalpha = tl.sum(to_dout, axis=1)
+        ds = alpha * (dalpha - tl.sum(alpha * dalpha, axis=0))
+        along_query = (ds * rstd)[:, None]
+        along_v = (ds * rstd * rstd * rstd * tl.sum(to_query, axis=1) / D)[:, None]
+
+        # From the end: what was read last is the likeliest to be in the cache.
+        for done in range(0, D, BLOCK_D):
+            start = (D - 1 - done) // BLOCK_D * BLOCK_D
+            v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
+            col = start + tl.arange(0, BLOCK_D)
+            if dquery_part_ptr is not None:
+                so_far = tl.load(dquery_part_ptr + col, mask=col < D, other=0.0)
+                share = tl.sum(along_query * v, axis=0)
+                tl.store(dquery_part_ptr + col, so_far + share, mask=col < D)
+            if dvalues_ptr is not None:
+                dv = alpha[:, None] * load_features(dout_row, start, D, COMPUTE, BLOCK_D)
+                dv += along_query * load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
+                dv -= along_v * v
+                dv_ptr = dvalues_ptr + row * dvalues_stride_n
+                store_block(dv_ptr, depth, dvalues_stride_l, in_l, start, D, dv, BLOCK_D)
 
 
-def _attention_residual_config(L: int, D: int, itemsize: int) -> dict:
-    """One 16-byte load of 2-byte values a thread, and a warp more for each 8 KiB of a token.
+def _attention_residual_config(L: int, D: int, itemsize: int, shared: int) -> dict:
+    """Up to 64 KiB of values a step, 128 numbers a thread: half of the registers hold them.
 
-    Of 1024 threads on each of 132 multiprocessors, that makes 34 MB of values at work, which a
-    cache of 50 MB still holds when they are read again.
+    While they are at work the values of the next step or two are on their way into shared memory,
+    as far as a program has room for them. Of larger tokens, which have no `per_sm`, 32 KiB: as many
+    numbers a thread, whose loads all wait at once, and all depths of a column in one thread.
     """
-    token = L * D * itemsize
-    num_warps = min(16, max(4, next_power_of_2(cdiv(token, 8192))))
-    block_d = min(256 * num_warps, next_power_of_2(D))
-    fitting = max(1, 8192 * num_warps // token)
-    block_n = min(32, 256 * num_warps // block_d, 1 << (fitting.bit_length() - 1))
-    return {
-        "BLOCK_N": block_n,
-        "BLOCK_L": next_power_of_2(L),
-        "BLOCK_D": block_d,
-        "num_warps": num_warps,
+    block_l, block_d = next_power_of_2(L), next_power_of_2(D)
+    token = block_l * block_d * itemsize
+    tile = {"BLOCK_L": block_l, "BLOCK_D": block_d}
+    if token > 65536:
+        block_d = min(block_d, max(16, 32768 // (itemsize * block_l)))
+        tile = {"BLOCK_L": block_l, "BLOCK_D": block_d, "GROUP": min(block_d, 16 // itemsize)}
+        return tile | {"num_warps": 4}
+    large = token > 32768
+    return tile | {
+        "BLOCK_N": max(1, min(16, 32768 // token)),
+        "STAGES": 3 if shared >= (5 if large else 2) * 32768 else 2,
+        "num_warps": 8 if large else 4,
+        "per_sm": 1 if large else 2,
     }
 
 
@@ -219,10 +290,16 @@ def attention_residual_fwd(
 
     if has_work(out):
         values, query = batches(values), unit_stride(query)
-        N, config = len(values), _attention_residual_config(L, D, values.element_size())
+        N, chip = len(values), values.device
+        config = _attention_residual_config(L, D, values.element_size(), shared_memory(chip))
+        kernel, programs = _attention_residual_fwd_wide_kernel, N
+        sizes: tuple[int, ...] = L, D
+        if "per_sm" in config:
+            kernel, sizes = _attention_residual_fwd_kernel, (N, L, D)
+            programs = min(cdiv(N, config["BLOCK_N"]), config.pop("per_sm") * sm_count(chip))
         launch(
-            _attention_residual_fwd_kernel, (cdiv(N, config["BLOCK_N"]),),
-            values, query, out, alpha, rstd, *values.stride()[:2], N, L, D,
+            kernel, (programs,),
+            values, query, out, alpha, rstd, *values.stride()[:2], *sizes,
             EPS=eps, COMPUTE=triton_dtype(alpha.dtype), **config,
         )  # fmt: skip
     return out, alpha, rstd
@@ -246,14 +323,20 @@ def attention_residual_bwd(
 
     values, dout, query = batches(values), as_rows(dout), unit_stride(query)
     alpha, rstd = unit_stride(alpha), unit_stride(rstd)
-    N, config = len(values), _attention_residual_config(L, D, values.element_size())
-    programs, strip = strips_of(N, config["BLOCK_N"], 2 * PER_SM * sm_count(values.device))
+    N, chip = len(values), values.device
+    config = _attention_residual_config(L, D, values.element_size(), shared_memory(chip))
+    programs, strip = strips_of(N, 1, PER_SM * sm_count(chip))
+    kernel = _attention_residual_bwd_wide_kernel
+    sizes: tuple[int, ...] = N, L, D, strip
+    if "per_sm" in config:
+        kernel, sizes = _attention_residual_bwd_kernel, (N, L, D)
+        programs = min(cdiv(N, config["BLOCK_N"]), config.pop("per_sm") * sm_count(chip))
     part = values.new_empty((programs, D), dtype=rstd.dtype) if need_dquery else None
     dvalues_strides = batches(dvalues).stride()[:2] if need_dvalues else (0, 0)
     launch(
-        _attention_residual_bwd_kernel, (programs,),
+        kernel, (programs,),
         values, query, alpha, rstd, dout, dvalues, part,
-        *values.stride()[:2], dout.stride(0), *dvalues_strides, N, L, D, strip,
+        *values.stride()[:2], dout.stride(0), *dvalues_strides, *sizes,
         COMPUTE=triton_dtype(rstd.dtype), **config,
     )  # fmt: skip
     (dquery,) = sums_of_parts([part], [query if need_dquery else None])

@@ -7,7 +7,16 @@ import triton.language as tl
 
 from liger_fn.functional import attention_residual
 from liger_fn.functional.residual import attention_residual as room
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, Launch, OpSpec, around
+from liger_fn.testing.spec import (
+    BadCall,
+    Benchmark,
+    Case,
+    Compilation,
+    Config,
+    Launch,
+    OpSpec,
+    around,
+)
 
 
 def arguments(draw, *shape: int, weight: bool = True, scale: float = 1.0) -> dict:
@@ -38,11 +47,13 @@ def kernels() -> list[Compilation]:
     out = []
     for L, D in ((8, 4096), (9, 7168), (64, 4096), (12, 128)):
         for passed in ("fwd", "bwd"):
-            kernel = getattr(room, f"_attention_residual_{passed}_kernel")
+            config = room._attention_residual_config(L, D, 2, shared=1 << 18)
+            wide = "" if config.pop("per_sm", None) else "_wide"
+            kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
             constants = {
                 "COMPUTE": tl.float32,
                 **({"EPS": 1e-6} if passed == "fwd" else {}),
-                **room._attention_residual_config(L, D, 2),
+                **config,
             }
             warps = constants.pop("num_warps")
             runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
@@ -60,6 +71,22 @@ def bad(id: str, change, error: type[Exception], sentence: str) -> BadCall:
         return arguments(draw, 3, 4, 8) | change(draw)
 
     return BadCall(id, make, error, f"attention_residual: {sentence}")
+
+
+def candidates(current: Config) -> list[Config]:
+    """A token that is held has one width; a wide one is cut at any."""
+    if "per_sm" in current:
+        tried = around(
+            per_thread=(16, 256), BLOCK_N=(1, 2), num_warps=(4, 8, 16), STAGES=(2, 3), per_sm=(1, 2)
+        )
+    else:
+        tried = around(
+            ("BLOCK_L", "BLOCK_D"),
+            per_thread=(16, 256),
+            BLOCK_D=(256, 512, 1024, 2048),
+            num_warps=(2, 4, 8),
+        )
+    return tried(current)
 
 
 def benchmark(L: int, T: int, D: int) -> Benchmark:
@@ -126,10 +153,7 @@ SPEC = OpSpec(
     kernels=kernels,
     benchmarks=(benchmark(8, 8192, 4096), benchmark(9, 4096, 7168), benchmark(16, 8192, 2048)),
     launches=tuple(
-        Launch(room, "_attention_residual_config", mode,
-               around(("BLOCK_N", "BLOCK_D"), BLOCK_N=(1, 2), BLOCK_D=(512, 1024, 2048, 4096),
-                      num_warps=(4, 8, 16)))
-        for mode in ("fwd", "bwd")
+        Launch(room, "_attention_residual_config", mode, candidates) for mode in ("fwd", "bwd")
     ),
     huge=Case(
         "65x8x8192x512",
