@@ -13,7 +13,7 @@ rounded up to powers of two: one persistent launch a pass, each program going ov
 next ones are on their way. Of more, a program goes over a token's columns twice, the second time
 out of the cache. Memory traffic in bytes per token of a 2-byte v:
 2·D·(L + 1) forward, 2·D·(2·L + 1) backward (read v and dout, write dv). Kept are v, and 8 bytes of
-each output: alpha and rstd. The shares of dquery are added in a fixed order, without atomics.
+each output: score and rstd. The shares of dquery are added in a fixed order, without atomics.
 """
 
 from collections.abc import Sequence
@@ -78,6 +78,14 @@ def _weighted(values: Tensor, query: Tensor, weight: Tensor | None) -> Tensor:
 
 
 @triton.jit
+def _softmax(score, in_l, axis: tl.constexpr):
+    """Give alpha of the depths that there are, and zero of the others."""
+    score = tl.where(in_l, score, float("-inf"))
+    alpha = tl.exp(score - tl.max(score, axis=axis, keep_dims=True))
+    return alpha * (1.0 / tl.sum(alpha, axis=axis, keep_dims=True))
+
+
+@triton.jit
 def _load_token(ptr, row, stride_n, stride_l, inside, depth, D, BLOCK_D: tl.constexpr):
     """Load what all blocks have given to some tokens: a tile (BLOCK_N, BLOCK_L, BLOCK_D)."""
     col = tl.arange(0, BLOCK_D)
@@ -88,7 +96,7 @@ def _load_token(ptr, row, stride_n, stride_l, inside, depth, D, BLOCK_D: tl.cons
 
 @triton.jit(do_not_specialize=["N", "L"])
 def _attention_residual_fwd_kernel(
-    values_ptr, query_ptr, out_ptr, alpha_ptr, rstd_ptr,
+    values_ptr, query_ptr, out_ptr, score_ptr, rstd_ptr,
     values_stride_n, values_stride_l, N, L, D,
     EPS: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
@@ -96,6 +104,8 @@ def _attention_residual_fwd_kernel(
     depth = tl.arange(0, BLOCK_L)
     in_l = (depth < L)[None, :]
     query = load_features(query_ptr, 0, D, COMPUTE, BLOCK_D)[None, :, :]
+    # Every thread has every depth: a division is dear, and one is enough.
+    of_one = 1.0 / tl.cast(D, COMPUTE)
 
     for step in tl.range(
         tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES
@@ -106,12 +116,11 @@ def _attention_residual_fwd_kernel(
         v = _load_token(
             values_ptr, row, values_stride_n, values_stride_l, inside, depth, D, BLOCK_D
         ).to(COMPUTE)
-        rstd = 1.0 / tl.sqrt(tl.sum(v * v, axis=2) / D + EPS)
-        score = tl.where(in_l, tl.sum(v * query, axis=2) * rstd, float("-inf"))
-        alpha = tl.exp(score - tl.max(score, axis=1)[:, None])
-        alpha /= tl.sum(alpha, axis=1)[:, None]
+        rstd = 1.0 / tl.sqrt(tl.sum(v * v, axis=2) * of_one + EPS)
+        score = tl.sum(v * query, axis=2) * rstd
+        alpha = _softmax(score, in_l, 1)
         at = row[:, None] * L + depth[None, :]
-        tl.store(alpha_ptr + at, alpha, mask=inside)
+        tl.store(score_ptr + at, score, mask=inside)
         tl.store(rstd_ptr + at, rstd, mask=inside)
         out = tl.sum(alpha[:, :, None] * v, axis=1)
         store_block(out_ptr, row, D, in_n, 0, D, out, BLOCK_D)
@@ -125,7 +134,7 @@ def _in_threads(t, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L"])
 def _attention_residual_fwd_wide_kernel(
-    values_ptr, query_ptr, out_ptr, alpha_ptr, rstd_ptr,
+    values_ptr, query_ptr, out_ptr, score_ptr, rstd_ptr,
     values_stride_n, values_stride_l, L, D,
     EPS: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
@@ -144,10 +153,9 @@ def _attention_residual_fwd_wide_kernel(
         squares += _in_threads(v * v, GROUP)
         dots += _in_threads(v * query, GROUP)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + EPS)
-    score = tl.where(in_l, tl.sum(dots, axis=1) * rstd, float("-inf"))
-    alpha = tl.exp(score - tl.max(score, axis=0))
-    alpha /= tl.sum(alpha, axis=0)
-    tl.store(alpha_ptr + row * L + depth, alpha, mask=in_l)
+    score = tl.sum(dots, axis=1) * rstd
+    alpha = _softmax(score, in_l, 0)
+    tl.store(score_ptr + row * L + depth, score, mask=in_l)
     tl.store(rstd_ptr + row * L + depth, rstd, mask=in_l)
 
     # From the end: what was read last is the likeliest to be in the cache.
@@ -160,13 +168,14 @@ def _attention_residual_fwd_wide_kernel(
 
 @triton.jit(do_not_specialize=["N", "L"])
 def _attention_residual_bwd_kernel(
-    values_ptr, query_ptr, alpha_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
+    values_ptr, query_ptr, score_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
     values_stride_n, values_stride_l, dout_stride_n, dvalues_stride_n, dvalues_stride_l,
     N, L, D,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     depth = tl.arange(0, BLOCK_L)
+    in_l = (depth < L)[None, :]
     col = tl.arange(0, BLOCK_D)
     query = load_features(query_ptr, 0, D, COMPUTE, BLOCK_D)[None, :, :]
     dquery = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
@@ -176,21 +185,22 @@ def _attention_residual_bwd_kernel(
     ):
         row = tl.cast(step, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = row < N
-        inside = in_n[:, None] & (depth < L)[None, :]
+        inside = in_n[:, None] & in_l
         at = row[:, None] * L + depth[None, :]
-        alpha = tl.load(alpha_ptr + at, mask=inside, other=0.0)
+        score = tl.load(score_ptr + at, mask=inside, other=0.0)
         rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
         v = _load_token(
             values_ptr, row, values_stride_n, values_stride_l, inside, depth, D, BLOCK_D
         ).to(COMPUTE)
         dout = load_block(dout_ptr, row, dout_stride_n, in_n, 0, D, COMPUTE, BLOCK_D)[:, None, :]
 
+        alpha = _softmax(score, in_l, 1)
         dalpha = tl.sum(v * dout, axis=2)
         ds = alpha * (dalpha - tl.sum(alpha * dalpha, axis=1)[:, None])
         along_query = ds * rstd
         dquery += tl.sum(along_query[:, :, None] * v, axis=1)
         if dvalues_ptr is not None:
-            along_v = along_query * rstd * rstd * tl.sum(v * query, axis=2) / D
+            along_v = along_query * rstd * score / D
             dv = alpha[:, :, None] * dout + along_query[:, :, None] * query
             dv -= along_v[:, :, None] * v
             to = row[:, None] * dvalues_stride_n + depth[None, :].to(tl.int64) * dvalues_stride_l
@@ -204,7 +214,7 @@ def _attention_residual_bwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "L", "strip"])
 def _attention_residual_bwd_wide_kernel(
-    values_ptr, query_ptr, alpha_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
+    values_ptr, query_ptr, score_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
     values_stride_n, values_stride_l, dout_stride_n, dvalues_stride_n, dvalues_stride_l,
     N, L, D, strip,
     COMPUTE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
@@ -222,23 +232,21 @@ def _attention_residual_bwd_wide_kernel(
         # What one thread has written of dquery, another may read.
         tl.debug_barrier()
         row = program * strip + step
-        alpha = tl.load(alpha_ptr + row * L + depth, mask=in_l, other=0.0)
+        score = tl.load(score_ptr + row * L + depth, mask=in_l, other=0.0)
         rstd = tl.load(rstd_ptr + row * L + depth, mask=in_l, other=0.0)
         v_ptr = values_ptr + row * values_stride_n
         dout_row = dout_ptr + row * dout_stride_n
 
         to_dout = tl.zeros((BLOCK_L, BLOCK_D // GROUP), COMPUTE)
-        to_query = tl.zeros((BLOCK_L, BLOCK_D // GROUP), COMPUTE)
         for start in range(0, D, BLOCK_D):
             dout = load_features(dout_row, start, D, COMPUTE, BLOCK_D)
-            query = load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
             v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
             to_dout += _in_threads(v * dout, GROUP)
-            to_query += _in_threads(v * query, GROUP)
+        alpha = _softmax(score, in_l, 0)
         dalpha = tl.sum(to_dout, axis=1)
         ds = alpha * (dalpha - tl.sum(alpha * dalpha, axis=0))
         along_query = (ds * rstd)[:, None]
-        along_v = (ds * rstd * rstd * rstd * tl.sum(to_query, axis=1) / D)[:, None]
+        along_v = (ds * rstd * rstd * score / D)[:, None]
 
         # From the end: what was read last is the likeliest to be in the cache.
         for done in range(0, D, BLOCK_D):
@@ -246,9 +254,9 @@ def _attention_residual_bwd_wide_kernel(
             v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
             col = start + tl.arange(0, BLOCK_D)
             if dquery_part_ptr is not None:
-                so_far = tl.load(dquery_part_ptr + col, mask=col < D, other=0.0)
                 share = tl.sum(along_query * v, axis=0)
-                tl.store(dquery_part_ptr + col, so_far + share, mask=col < D)
+                share += tl.load(dquery_part_ptr + col, mask=col < D, other=0.0)
+                tl.store(dquery_part_ptr + col, share, mask=col < D)
             if dvalues_ptr is not None:
                 dv = alpha[:, None] * load_features(dout_row, start, D, COMPUTE, BLOCK_D)
                 dv += along_query * load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
@@ -270,7 +278,7 @@ def _attention_residual_config(L: int, D: int, itemsize: int, shared: int) -> di
     if token > 65536:
         block_d = min(block_d, max(16, 32768 // (itemsize * block_l)))
         tile = {"BLOCK_L": block_l, "BLOCK_D": block_d, "GROUP": min(block_d, 16 // itemsize)}
-        return tile | {"num_warps": 4}
+        return tile | {"num_warps": 4 if block_l <= 16 else 8}
     large = token > 32768
     return tile | {
         "BLOCK_N": max(1, min(16, 32768 // token)),
@@ -285,8 +293,8 @@ def attention_residual_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *tokens, L, D = values.shape
     out = values.new_empty((*tokens, D))
-    alpha = values.new_empty((*tokens, L), dtype=accumulator(values.dtype))
-    rstd = torch.empty_like(alpha)
+    score = values.new_empty((*tokens, L), dtype=accumulator(values.dtype))
+    rstd = torch.empty_like(score)
 
     if has_work(out):
         values, query = batches(values), unit_stride(query)
@@ -299,16 +307,16 @@ def attention_residual_fwd(
             programs = min(cdiv(N, config["BLOCK_N"]), config.pop("per_sm") * sm_count(chip))
         launch(
             kernel, (programs,),
-            values, query, out, alpha, rstd, *values.stride()[:2], *sizes,
-            EPS=eps, COMPUTE=triton_dtype(alpha.dtype), **config,
+            values, query, out, score, rstd, *values.stride()[:2], *sizes,
+            EPS=eps, COMPUTE=triton_dtype(score.dtype), **config,
         )  # fmt: skip
-    return out, alpha, rstd
+    return out, score, rstd
 
 
 def attention_residual_bwd(
     values: Tensor,
     query: Tensor,
-    alpha: Tensor,
+    score: Tensor,
     rstd: Tensor,
     dout: Tensor,
     eps: float,
@@ -322,7 +330,7 @@ def attention_residual_bwd(
         return dvalues, dense_like(query).zero_() if need_dquery else None
 
     values, dout, query = batches(values), as_rows(dout), unit_stride(query)
-    alpha, rstd = unit_stride(alpha), unit_stride(rstd)
+    score, rstd = unit_stride(score), unit_stride(rstd)
     N, chip = len(values), values.device
     config = _attention_residual_config(L, D, values.element_size(), shared_memory(chip))
     programs, strip = strips_of(N, 1, PER_SM * sm_count(chip))
@@ -335,7 +343,7 @@ def attention_residual_bwd(
     dvalues_strides = batches(dvalues).stride()[:2] if need_dvalues else (0, 0)
     launch(
         kernel, (programs,),
-        values, query, alpha, rstd, dout, dvalues, part,
+        values, query, score, rstd, dout, dvalues, part,
         *values.stride()[:2], dout.stride(0), *dvalues_strides, *sizes,
         COMPUTE=triton_dtype(rstd.dtype), **config,
     )  # fmt: skip
@@ -349,9 +357,9 @@ _attention_residual = custom_vjp(
     fwd=attention_residual_fwd,
     bwd=attention_residual_bwd,
     results="out",
-    residuals="alpha rstd",
+    residuals="score rstd",
     grads="values query",
-    rows="values out alpha rstd",
+    rows="values out score rstd",
     core_dims=2,
 )
 

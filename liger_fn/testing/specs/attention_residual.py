@@ -45,7 +45,7 @@ def as_models_write_it(values, query, weight=None, *, dim=0, eps=1e-6):
 
 def kernels() -> list[Compilation]:
     out = []
-    for L, D in ((8, 4096), (9, 7168), (64, 4096), (12, 128)):
+    for L, D in ((8, 4096), (16, 2048), (9, 7168), (64, 4096), (12, 128)):
         for passed in ("fwd", "bwd"):
             config = room._attention_residual_config(L, D, 2, shared=1 << 18)
             wide = "" if config.pop("per_sm", None) else "_wide"
@@ -57,7 +57,7 @@ def kernels() -> list[Compilation]:
             }
             warps = constants.pop("num_warps")
             runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
-            floats = ("query_ptr", "alpha_ptr", "rstd_ptr", "dquery_part_ptr")
+            floats = ("query_ptr", "score_ptr", "rstd_ptr", "dquery_part_ptr")
             signature = {
                 n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32"
                 for n in runtime
