@@ -8,9 +8,8 @@ the rows of dy that belong to one row of the table are neighbours in that order,
 where each row's begin. Each row of the table, with what belongs to it or not, is then written once:
 they are added in float32, in the order of n; 2 bytes per element of dy and of dweight, no atomics,
 the same bits twice. That order is cut into chunks, for some rows (of padding, say) come thousands
-of times: of a number that reaches beyond its chunk each chunk's part is added before, and the row
-of the table is the sum of the parts. The table is named by the backward pass for its shape and
-dtype; it is not read.
+of times: of a number that reaches beyond its chunk each chunk's part is added by itself, and then
+the parts. The table is named by the backward pass for its shape and dtype; it is not read.
 """
 
 import math
@@ -150,9 +149,43 @@ def _embedding_bwd_parts_kernel(
     tl.store(parts_ptr + part * D + tl.zeros((1, 1), tl.int64) + col[None, :], sums, mask=written)
 
 
+@triton.jit(do_not_specialize=["N"])
+def _embedding_bwd_long_kernel(
+    numbers_ptr, parts_ptr, dweight_ptr, N, V, D,
+    CHUNK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(D, BLOCK_D)
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    col = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first, after = chunk * CHUNK, (chunk + 1) * CHUNK
+    v = tl.load(numbers_ptr + after - 1, mask=after < N, other=-1)
+    goes_on = tl.load(numbers_ptr + after, mask=after < N, other=-1) == v
+    # Of a number that came into this chunk an earlier one takes care.
+    at_first = tl.load(numbers_ptr + first)
+    before = tl.load(numbers_ptr + first - 1, mask=first > 0, other=-1)
+    live = goes_on & ((at_first != v) | (before != v)) & (v >= 0) & (v < V)
+
+    written = col < tl.where(live, D, 0)
+    total = tl.load(parts_ptr + (2 * chunk + 1) * D + col, mask=written, other=0.0)
+    sums = tl.zeros((BLOCK_C, BLOCK_D), COMPUTE)
+    start = chunk + 1
+    more = live
+    while more:
+        c = start + tl.arange(0, BLOCK_C)
+        mine = tl.load(numbers_ptr + c * CHUNK, mask=c * CHUNK < N, other=-1) == v
+        inside = mine[:, None] & (col < D)[None, :]
+        sums += tl.load(parts_ptr + 2 * c[:, None] * D + col[None, :], mask=inside, other=0.0)
+        start += BLOCK_C
+        more = tl.sum(mine.to(tl.int32), axis=0) == BLOCK_C
+
+    # By way of float32: Triton's interpreter cannot round float64 to bfloat16.
+    total = (total + tl.sum(sums, axis=0)).to(COMPUTE)
+    tl.store(dweight_ptr + v.to(tl.int64) * D + col, total, mask=written)
+
+
 @triton.jit(do_not_specialize=["strip"])
 def _embedding_bwd_kernel(
-    starts_ptr, order_ptr, dy_ptr, parts_ptr, dweight_ptr, dy_stride_n, V, D, strip,
+    starts_ptr, order_ptr, dy_ptr, dweight_ptr, dy_stride_n, V, D, strip,
     CHUNK: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -164,23 +197,12 @@ def _embedding_bwd_kernel(
         v = program * strip + step + tl.arange(0, BLOCK_V)
         start = tl.load(starts_ptr + v, mask=v < V, other=0)
         end = tl.load(starts_ptr + v + 1, mask=v < V, other=0)
-        chunk, last_chunk = start // CHUNK, (end - 1) // CHUNK
-        in_parts = last_chunk > chunk
-
         sums = tl.zeros((BLOCK_V, BLOCK_D), COMPUTE)
-        alone = tl.where(in_parts, start, end)
-        sums = _sum_of_rows(dy_ptr, order_ptr, dy_stride_n, start, alone, col, D, sums, ROWS)
-        part = 2 * chunk + 1
-        more = tl.max(in_parts.to(tl.int32), axis=0) > 0
-        while more:
-            left = in_parts & (part <= 2 * last_chunk)
-            inside = left[:, None] & (col < D)[None, :]
-            sums += tl.load(parts_ptr + part[:, None] * D + col[None, :], mask=inside, other=0.0)
-            # After the part of its first chunk, those of numbers that came into theirs.
-            part = part // 2 * 2 + 2
-            more = tl.max((in_parts & (part <= 2 * last_chunk)).to(tl.int32), axis=0) > 0
-
-        inside = (v < V)[:, None] & (col < D)[None, :]
+        # What reaches beyond its chunk is added and written by parts.
+        long = (end - 1) // CHUNK > start // CHUNK
+        end = tl.where(long, start, end)
+        sums = _sum_of_rows(dy_ptr, order_ptr, dy_stride_n, start, end, col, D, sums, ROWS)
+        inside = ((v < V) & (long == 0))[:, None] & (col < D)[None, :]
         tl.store(dweight_ptr + v[:, None] * D + col[None, :], sums, mask=inside)
 
 
@@ -211,6 +233,12 @@ def _embedding_bwd_parts_config(D: int) -> dict:
     """Narrow tiles of many rows at once, for few programs have anything to add."""
     block_d = min(512, next_power_of_2(D))
     return {"BLOCK_D": block_d, "ROWS": 4, "num_warps": max(1, block_d // 256)}
+
+
+def _embedding_bwd_long_config(D: int) -> dict:
+    """Eight parts at a time: who has any may have thousands."""
+    block_d = min(512, next_power_of_2(D))
+    return {"BLOCK_D": block_d, "BLOCK_C": 8, "num_warps": max(1, block_d // 128)}
 
 
 def _number_dtype(V: int) -> torch.dtype:
@@ -270,7 +298,12 @@ def embedding_bwd(
     programs, strip = strips_of(V, config["BLOCK_V"], _PER_SM * sm_count(dy.device))
     launch(
         _embedding_bwd_kernel, (programs * tiles,),
-        starts, order, dy, parts, dweight, dy.stride(0), V, D, strip, **options, **config,
+        starts, order, dy, dweight, dy.stride(0), V, D, strip, **options, **config,
+    )  # fmt: skip
+    config = _embedding_bwd_long_config(D)
+    launch(
+        _embedding_bwd_long_kernel, (chunks * cdiv(D, config["BLOCK_D"]),),
+        numbers, parts, dweight, N, V, D, **options, **config,
     )  # fmt: skip
     return (dweight,)
 

@@ -31,6 +31,7 @@ def kernels() -> list[Compilation]:
         "fwd": (room._embedding_fwd_kernel, room._embedding_fwd_config, {}),
         "bwd": (room._embedding_bwd_kernel, room._embedding_bwd_config, sums),
         "bwd-parts": (room._embedding_bwd_parts_kernel, room._embedding_bwd_parts_config, sums),
+        "bwd-long": (room._embedding_bwd_long_kernel, room._embedding_bwd_long_config, sums),
     }
     others = dict.fromkeys(("input_ptr", "order_ptr", "starts_ptr"), "*i64")
     others |= {"numbers_ptr": "*i32", "parts_ptr": "*fp32"}
