@@ -95,8 +95,8 @@ def _shared_memory(index: int) -> int:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; 64 KiB for the interpreter."""
-    return _shared_memory(device.index or 0) if device.type == "cuda" else 65536
+    """Bytes of shared memory that a program may have; any number for the interpreter."""
+    return _shared_memory(device.index or 0) if device.type == "cuda" else 1 << 18
 
 
 Launcher = Callable[..., tuple]

@@ -9,9 +9,10 @@
 
 The weight of the norm is multiplied into the query, which is one row, beforehand. A token's L · D
 numbers are read once and stay in registers, as long as they are 64 KiB at most, with L and D
-rounded up to powers of two: one persistent launch a pass, each program going over tokens while its
-next ones are on their way. Of more, a program goes over a token's columns twice, the second time
-out of the cache. Memory traffic in bytes per token of a 2-byte v:
+rounded up to powers of two, and leave room for three rows more: one persistent launch a pass, each
+program going over tokens while its next ones are on their way. Of more, a program goes over a
+token's columns twice, the second time out of the cache. Memory traffic in bytes per token of a
+2-byte v:
 2·D·(L + 1) forward, 2·D·(2·L + 1) backward (read v and dout, write dv). Kept are v, and 8 bytes of
 each output: score and rstd. The shares of dquery are added in a fixed order, without atomics.
 """
@@ -268,21 +269,27 @@ def _attention_residual_bwd_wide_kernel(
 def _attention_residual_config(L: int, D: int, itemsize: int, shared: int) -> dict:
     """Up to 64 KiB of values a step, 128 numbers a thread: half of the registers hold them.
 
-    While they are at work the values of the next step or two are on their way into shared memory,
-    as far as a program has room for them. Of larger tokens, which have no `per_sm`, 32 KiB: as many
-    numbers a thread, whose loads all wait at once, and all depths of a column in one thread.
+    dout, the query and dquery are held as well. While they are at work the values of the next step
+    or two are on their way into shared memory, as far as a program has room for them. Of larger
+    tokens, which have no `per_sm`, 32 KiB: as many numbers a thread, whose loads all wait at once,
+    and all depths of a column in one thread.
     """
     block_l, block_d = next_power_of_2(L), next_power_of_2(D)
-    token = block_l * block_d * itemsize
-    tile = {"BLOCK_L": block_l, "BLOCK_D": block_d}
-    if token > 65536:
-        block_d = min(block_d, max(16, 32768 // (itemsize * block_l)))
+    words = (block_l + 3) * block_d * max(1, itemsize // 4)
+    token, step = block_l * block_d * itemsize, (block_l + 1) * block_d * itemsize
+    # What reductions exchange needs room too.
+    room = shared - 16384
+    if words > 45056 or token > 65536 or step > room:
+        block_d = min(block_d, max(16, 32768 // (itemsize * max(8, block_l))))
         tile = {"BLOCK_L": block_l, "BLOCK_D": block_d, "GROUP": min(block_d, 16 // itemsize)}
         return tile | {"num_warps": 4 if block_l <= 16 else 8}
-    large = token > 32768
-    return tile | {
-        "BLOCK_N": max(1, min(16, 32768 // token)),
-        "STAGES": 3 if shared >= (5 if large else 2) * 32768 else 2,
+    large = words > 22528 or token > 32768
+    block_n = 1 if large else min(16, 1 << ((22528 // words).bit_length() - 1))
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_L": block_l,
+        "BLOCK_D": block_d,
+        "STAGES": 3 if 2 * block_n * step <= room else 2,
         "num_warps": 8 if large else 4,
         "per_sm": 1 if large else 2,
     }
