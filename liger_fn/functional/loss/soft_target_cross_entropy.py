@@ -89,7 +89,8 @@ def _soft_target_cross_entropy_fwd_kernel(
         z = x * SCALE
         if SCALE <= 0.0:
             z = tl.where(col < V, z, float("-inf"))
-        if SMOOTHING != 0.0:
+        if SMOOTHING != 0.0 or target_ptr.dtype.element_ty == COMPUTE:
+            # Triton 3.6 cannot compile the sum of a load that nothing has been done to.
             q = tl.where(col < V, _smoothed(q, V, SMOOTHING), 0.0)
 
         higher = tl.maximum(top, tl.max(z, axis=1))

@@ -81,6 +81,9 @@ SPEC = OpSpec(
     grads=("weight", "x", "bias"),
     rows=("x", "y"),
     autocast=True,
+    # The product of a chunk may add up in another order than that of all rows, so that not the same
+    # logits are rounded to 2 bytes: each error is a draw of its own.
+    slack={torch.bfloat16: 1.1, torch.float16: 1.1},
     cases=(
         case(4, 3, 7, chunk_size=3, bias=True, lse=True, entropy=True, id="chunks-of-3"),
         case(2, 3, 5, 9, id="one-chunk"),

@@ -49,6 +49,9 @@ SPEC = OpSpec(
     baseline=as_trl,
     grads=("input", "target"),
     rows=("input", "target", "labels"),
+    # The logarithm of the mixture is one instruction there, good to 2^-22, and its terms cancel;
+    # PyTorch's are good to 2^-24. The inputs themselves are rounded at 2^-9 or 2^-12.
+    slack={torch.bfloat16: 4.0, torch.float16: 4.0},
     cases=(
         case(4, 7, ignored=True),
         case(2, 3, 5, beta=0.1, reduction="none", id="rows"),
