@@ -87,7 +87,7 @@ ENTRIES = (
         "a frozen body or head costs less, not a gradient; any upstream weight of a row",
         "test_fused_linear_cross_entropy.py::test_only_wanted_gradients_are_computed"),
     _entry("fused linear scaled cross entropy",
-        "fused_linear_logprobs fused_linear_selected_logprobs", "8192x4096x151936-entropy",
+        "fused_linear_logprobs fused_linear_selected_logprobs", "8192x4096x151936",
         "log-probabilities, entropy, most likely token; softcap"),
     _entry("vocab-parallel cross entropy",
         "vocab_parallel_cross_entropy fused_linear_vocab_parallel_cross_entropy", "",
