@@ -2,7 +2,8 @@
 
 `python -m liger_fn.testing.compilation` prints what each costs: registers a thread, bytes a thread
 that do not fit into them (spills), and shared memory a program. Sizes and strides are taken to be
-multiples of 16: those launches load the widest vectors, and need the most registers.
+multiples of 16, but for those that a kernel does not specialize for: such launches load the widest
+vectors, and need the most registers.
 """
 
 import argparse
@@ -95,11 +96,11 @@ def _costs(kernel: Compilation, chip: int) -> tuple[int, int, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.kernel.arg_names
+    names, any_number = kernel.kernel.arg_names, kernel.kernel.do_not_specialize
     aligned = {
         (names.index(n),): [["tt.divisibility", 16]]
         for n, t in kernel.signature.items()
-        if t.startswith(("*", "i"))
+        if t.startswith(("*", "i")) and n not in any_number
     }
     signature = dict(kernel.signature) | dict.fromkeys(kernel.constants, "constexpr")
     source = ASTSource(kernel.kernel, signature, dict(kernel.constants), aligned)

@@ -10,11 +10,11 @@
 The weight of the norm is multiplied into the query, which is one row, beforehand. A token's L · D
 numbers are read once and stay in registers, as long as they are 64 KiB at most, with L and D
 rounded up to powers of two, and leave room for three rows more: one persistent launch a pass, each
-program going over tokens while its next ones are on their way. Of more, a program goes over a
-token's columns twice, the second time out of the cache. Memory traffic in bytes per token of a
-2-byte v:
-2·D·(L + 1) forward, 2·D·(2·L + 1) backward (read v and dout, write dv). Kept are v, and 8 bytes of
-each output: score and rstd. The shares of dquery are added in a fixed order, without atomics.
+program going over tokens while its next ones are on their way. Of more, and backward of large
+tokens of more than eight blocks, a program goes over a token's columns twice, the second time out
+of the cache. Memory traffic in bytes per token of a 2-byte v: 2·D·(L + 1) forward, 2·D·(2·L + 1)
+backward (read v and dout, write dv). Kept are v, and 8 bytes of each output: score and rstd. The
+shares of dquery are added in a fixed order, without atomics.
 """
 
 from collections.abc import Sequence
@@ -266,8 +266,13 @@ def _attention_residual_bwd_wide_kernel(
                 store_block(dv_ptr, depth, dvalues_stride_l, in_l, start, D, dv, BLOCK_D)
 
 
-def _attention_residual_config(L: int, D: int, itemsize: int, shared: int) -> dict:
+def _attention_residual_config(
+    L: int, D: int, itemsize: int, shared: int, backward: bool = False
+) -> dict:
     """Up to 64 KiB of values a step, 128 numbers a thread: half of the registers hold them.
+
+    Backward it is half as many small tokens, and no large one of more than eight blocks: beside
+    what a thread needs of that many weights, the values would not fit its registers.
 
     dout, the query and dquery are held as well. While they are at work the values of the next step
     or two are on their way into shared memory, as far as a program has room for them. Of larger
@@ -279,12 +284,14 @@ def _attention_residual_config(L: int, D: int, itemsize: int, shared: int) -> di
     token, step = block_l * block_d * itemsize, (block_l + 1) * block_d * itemsize
     # What reductions exchange needs room too.
     room = shared - 16384
-    if words > 45056 or token > 65536 or step > room:
+    large = words > 22528 or token > 32768
+    crowded = backward and large and block_l > 8
+    if crowded or words > 45056 or token > 65536 or step > room:
         block_d = min(block_d, max(16, 32768 // (itemsize * max(8, block_l))))
         tile = {"BLOCK_L": block_l, "BLOCK_D": block_d, "GROUP": min(block_d, 16 // itemsize)}
         return tile | {"num_warps": 4 if block_l <= 16 else 8}
-    large = words > 22528 or token > 32768
-    block_n = 1 if large else min(16, 1 << ((22528 // words).bit_length() - 1))
+    most = 11264 if backward else 22528
+    block_n = 1 if large else min(16, 1 << (max(1, most // words).bit_length() - 1))
     return {
         "BLOCK_N": block_n,
         "BLOCK_L": block_l,
@@ -339,7 +346,9 @@ def attention_residual_bwd(
     values, dout, query = batches(values), as_rows(dout), unit_stride(query)
     score, rstd = unit_stride(score), unit_stride(rstd)
     N, chip = len(values), values.device
-    config = _attention_residual_config(L, D, values.element_size(), shared_memory(chip))
+    config = _attention_residual_config(
+        L, D, values.element_size(), shared_memory(chip), backward=True
+    )
     programs, strip = strips_of(N, 1, PER_SM * sm_count(chip))
     kernel = _attention_residual_bwd_wide_kernel
     sizes: tuple[int, ...] = N, L, D, strip

@@ -47,7 +47,7 @@ def kernels() -> list[Compilation]:
     out = []
     for L, D in ((8, 4096), (16, 2048), (9, 7168), (64, 4096), (12, 128)):
         for passed in ("fwd", "bwd"):
-            config = room._attention_residual_config(L, D, 2, shared=1 << 18)
+            config = room._attention_residual_config(L, D, 2, 1 << 18, passed == "bwd")
             wide = "" if config.pop("per_sm", None) else "_wide"
             kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
             constants = {
