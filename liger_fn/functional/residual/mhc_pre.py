@@ -44,8 +44,6 @@ MOST_STREAMS = 16
 # Columns that one program multiplies. Two thousand tokens of 16384 columns then keep a chip busy,
 # and the bits of a token do not depend on how many are beside it.
 _SPAN = 4096
-# Columns whose products are summed up before that sum is added to the others.
-_SUM = 256
 
 
 def reference(
@@ -106,7 +104,7 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
 def _mhc_pre_mix_kernel(
     x_ptr, weight_ptr, mix_part_ptr, squares_part_ptr,
     x_stride_n, weight_stride_m, weight_stride_k, N, K, M,
-    SPAN: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    SPAN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """x · weightᵀ and Σ x² over the columns of one part."""
@@ -117,7 +115,6 @@ def _mhc_pre_mix_kernel(
     w_row = weight_ptr + m[:, None] * weight_stride_m
 
     mix = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
-    sums = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
     squares = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
     for start in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -126,12 +123,10 @@ def _mhc_pre_mix_kernel(
         w_at = w_row + k[None, :] * weight_stride_k
         w = tl.load(w_at, mask=(m < M)[:, None] & in_k, other=0.0).to(COMPUTE)
         squares += x * x
-        sums = _product(x, tl.trans(w), sums, PRECISION)
-        # A sum of tensor cores is cut off, not rounded, at each step: long ones drift towards 0.
-        is_long = (start + BLOCK_K) % SUM == 0
-        mix = tl.where(is_long, mix + sums, mix)
-        sums = tl.where(is_long, 0.0, sums)
-    mix += sums
+        # A sum of tensor cores is cut off, not rounded, at each step: long ones drift towards 0. The
+        # compiler would make one of all steps, were it not for the question whether there are rows.
+        step = _product(x, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+        mix += tl.where(N > 0, step, 0.0)
 
     out = (part.to(tl.int64) * N + row) * M
     tl.store(
@@ -424,7 +419,7 @@ def mhc_pre_fwd(
             _mhc_pre_mix_kernel,
             (cdiv(N, config["BLOCK_N"]), parts, cdiv(M, config["BLOCK_M"])),
             x, weight, mix_part, squares_part, x.stride(0), *weight.stride(), N, K, M,
-            SPAN=_SPAN, SUM=_SUM, PRECISION=_precision_of_mix(x, weight), **options, **config,
+            SPAN=_SPAN, PRECISION=_precision_of_mix(x, weight), **options, **config,
         )  # fmt: skip
         config = _coefficients_config(H)
         launch(

@@ -70,7 +70,6 @@ def kernels() -> list[Compilation]:
             size, wide = x.element_size(), dtype is torch.float32
             mix = {
                 "SPAN": room._SPAN,
-                "SUM": room._SUM,
                 "PRECISION": room._precision_of_mix(x, weight),
                 **room._mix_config(M, size),
             }
