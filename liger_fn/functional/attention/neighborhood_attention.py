@@ -401,15 +401,15 @@ def _neighborhood_attention_bwd_dkv_kernel(
 def _neighborhood_attention_fwd_config(C: int, planar: bool, itemsize: int) -> dict:
     """64 tokens against 64 at a time of 2-byte inputs; of wider ones, and of wide heads, fewer.
 
-    In a plane a tile is square, or nearly: it then sees the fewest keys for its size. There the
-    coordinates of keys take registers, which heads of 128 features leave to half as many.
+    In a plane a tile is square, or nearly: it then sees the fewest keys for its size. Heads of 128
+    features leave registers to half as many keys.
     """
     block_c = max(16, next_power_of_2(C))
     tile = {2: 64, 4: 32, 8: 16}[itemsize]
     if block_c > 128:
         tile = min(tile, 32)
     tile_1 = 1 << ((tile.bit_length() - 1) // 2) if planar else 1
-    block_n = tile // 2 if planar and block_c == 128 and itemsize == 2 else tile
+    block_n = tile // 2 if block_c == 128 and itemsize == 2 else tile
     return {
         "TILE_1": tile_1, "TILE_2": tile // tile_1, "BLOCK_N": block_n, "BLOCK_C": block_c,
         "num_warps": 4, "num_stages": 2,
