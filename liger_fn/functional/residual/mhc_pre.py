@@ -123,8 +123,8 @@ def _mhc_pre_mix_kernel(
         w_at = w_row + k[None, :] * weight_stride_k
         w = tl.load(w_at, mask=(m < M)[:, None] & in_k, other=0.0).to(COMPUTE)
         squares += x * x
-        # A sum of tensor cores is cut off, not rounded, at each step: long ones drift towards 0. The
-        # compiler would make one of all steps, were it not for the question whether there are rows.
+        # A sum of tensor cores is cut off, not rounded, at each step: long ones drift towards 0.
+        # The compiler would make one of all, were it not for the question whether there are rows.
         step = _product(x, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
         mix += tl.where(N > 0, step, 0.0)
 
