@@ -33,7 +33,6 @@ from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,
     has_work,
-    next_power_of_2,
     sm_count,
     tl,
     triton,
@@ -56,6 +55,7 @@ from liger_fn.functional.norm.rows import (
     load_rows,
     no_blocks,
     row_dots,
+    rows_config,
     strips_of,
     sums_of_parts,
 )
@@ -330,18 +330,8 @@ def _gated_rms_norm_bwd_wide_kernel(
 
 
 def _gated_rms_norm_fwd_config(D: int, itemsize: int) -> dict:
-    """About 8 KiB of each input a program, and at most four 16-byte loads of it a thread.
-
-    Wider rows would leave room for one program only, whose loads would wait for its stores; they
-    are read once more, out of the cache: one row a program, for those of four would not fit there.
-    """
-    if 16384 // itemsize < D:
-        return {"BLOCK_N": 1, "BLOCK_D": 4096, "num_warps": 8}
-    block_d, pieces = cover(D)
-    width = block_d * pieces
-    block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
-    num_warps = min(16, max(4, next_power_of_2(block_n * width * itemsize // 2048)))
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
+    """Two rows are live, x and its gate: they are held up to 16 KiB each."""
+    return rows_config(D, itemsize, widest=16384)
 
 
 def _gated_rms_norm_bwd_config(D: int, itemsize: int, gate_first: bool) -> dict:

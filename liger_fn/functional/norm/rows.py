@@ -249,6 +249,22 @@ def cover(D: int, widest: int = 32768) -> tuple[int, int]:
     return block_d, cdiv(D, block_d)
 
 
+def rows_config(D: int, itemsize: int, widest: int) -> dict:
+    """About 8 KiB of each input a program, and at most four 16-byte loads of it a thread.
+
+    Rows of more than `widest` bytes would leave room for one program only, whose loads would wait
+    for its stores; they are read once more, out of the cache: one row a program, for those of four
+    would not fit there. A configuration of these has no `PIECES`.
+    """
+    if widest // itemsize < D:
+        return {"BLOCK_N": 1, "BLOCK_D": 4096, "num_warps": 8}
+    block_d, pieces = cover(D)
+    width = block_d * pieces
+    block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
+    num_warps = min(16, max(4, next_power_of_2(block_n * width * itemsize // 2048)))
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
+
+
 def _widest_fwd(itemsize: int, centred: bool) -> int:
     """The widest row that stays in registers: 32 numbers a thread of a full program, half if the
     mean is subtracted, for then a second row is live.
