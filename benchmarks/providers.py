@@ -744,7 +744,7 @@ class VerlTorch(Provider):
 
 
 class OursWith(Ours):
-    """Ours with other settings of the fused linear cross entropy: points of time against memory."""
+    """Ours with other settings of linear heads: points of time against memory."""
 
     def __init__(self, name: str, **options: Any) -> None:
         self.name, self.options = name, options
@@ -752,25 +752,26 @@ class OursWith(Ours):
     call = Provider.call
 
     def fused_linear_cross_entropy(self):
-        def call(weight, x, y, **options):
-            return functional.fused_linear_cross_entropy(weight, x, y, **options, **self.options)
+        return self.set(functional.fused_linear_cross_entropy)
 
-        return call
+    def fused_linear_logprobs(self):
+        return self.set(functional.fused_linear_logprobs)
+
+    def set(self, op):
+        return lambda weight, x, y, **options: op(weight, x, y, **options, **self.options)
 
 
 class OursCounted(OursWith):
     """Ours, told how many targets count: who asks the device waits for it, once a batch."""
 
-    def fused_linear_cross_entropy(self):
+    def set(self, op):
         counts: dict[int, int] = {}
 
         def call(weight, x, y, **options):
             ignored = options.get("ignore_index", -100)
             if y.data_ptr() not in counts:
                 counts[y.data_ptr()] = int((y != ignored).sum())
-            return functional.fused_linear_cross_entropy(
-                weight, x, y, max_valid=counts[y.data_ptr()], **options
-            )
+            return op(weight, x, y, max_valid=counts[y.data_ptr()], **options)
 
         return call
 
@@ -805,12 +806,13 @@ class Products(Provider):
 
 
 def _settings() -> tuple[Provider, ...]:
-    """Chunks that add up in 16 bits, and sums in float32."""
+    """Chunks that add up in 16 bits, sums in float32, and memory for all logits."""
     chunks = tuple(
         OursWith(f"liger_fn-{rows}", chunk_size=rows, accum_dtype=torch.bfloat16)
         for rows in (4096, 2048, 1024, 512)
     )
-    return (*chunks, OursWith("liger_fn-float32", accum_dtype=torch.float32))
+    float32 = OursWith("liger_fn-float32", accum_dtype=torch.float32)
+    return *chunks, float32, OursWith("liger_fn-8GiB", memory_budget=8 << 30)
 
 
 PROVIDERS: dict[str, Provider] = {

@@ -1,5 +1,8 @@
 """How a call is timed: providers in turns, on a cold cache, the host ahead of the device.
 
+The order of the turns is drawn anew each round. A chip at its power limit slows down for a while:
+who always came after the hottest call would pay for it.
+
 `fwd`, `bwd` and `full` are the device's time, which is what a training step pays as long as its
 host keeps ahead: the device spins until the host has enqueued all of the call. Of a call that
 itself waits for the device, what its host does after the wait is timed too. `host` is the host's
@@ -8,6 +11,7 @@ time.
 
 import contextlib
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -168,18 +172,19 @@ def in_turns(
     budget: float,
     fewest: int,
 ) -> dict[str, Timing | Exception]:
-    """Time every contestant once a round (A B C A B C ...), so that all see the same clocks.
+    """Time every contestant once a round, in any order, so that all see the same clocks.
 
     A quarter of the budget, and two rounds at least, warm up. One that fails is out.
     """
+    shuffle = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     failures: dict[str, Exception] = {}
 
     def round_() -> None:
-        for name, contestant in contestants.items():
+        for name in shuffle.sample(list(contestants), len(contestants)):
             if name not in failures:
                 try:
-                    samples[name].append(measure(contestant))
+                    samples[name].append(measure(contestants[name]))
                 except Exception as error:
                     # Its traceback would keep the tensors of the failed call alive.
                     failures[name] = error.with_traceback(None)

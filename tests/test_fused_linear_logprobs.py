@@ -6,9 +6,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liger_fn.functional import fused_linear_cross_entropy, fused_linear_logprobs
+from liger_fn.functional.linear_loss import chunks
 from liger_fn.functional.linear_loss import logprobs as room
+from liger_fn.functional.linear_loss.chunks import logits_to_keep
 
 N, H, V = 12, 4, 40
+# Chunks of five rows, in a memory that is not bounded otherwise, summed in the dtype of x.
+CHUNKS = (None, 5, None, False)
 OPTIONS = (None, 1.0, -100, True, True)
 
 
@@ -80,6 +84,20 @@ class Multiplications(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def there_and_back(factors, keep, needs):
+    """The work of each pass of rows that each have an upstream gradient."""
+    with Multiplications() as forward:
+        rows = room.fused_linear_logprobs_fwd(*factors, *CHUNKS, keep, *OPTIONS, *needs)
+    _, _, entropy, _, *residuals = rows
+    cotangents = (entropy, None, entropy, None)
+    with Multiplications() as backward:
+        room.fused_linear_logprobs_bwd(
+            *factors, None, 5, entropy, *residuals, *cotangents, None, False, keep, *OPTIONS,
+            *needs, donated=False,
+        )  # fmt: skip
+    return forward.count / (N * H * V), backward.count / (N * H * V)
+
+
 @pytest.mark.parametrize(
     ("needs", "products"),
     [
@@ -89,16 +107,68 @@ class Multiplications(TorchDispatchMode):
     ],
 )
 def test_only_wanted_gradients_are_computed(factors, needs, products):
-    with Multiplications() as work:
-        rows = room.fused_linear_logprobs_fwd(*factors, None, 5, *OPTIONS)
-    assert work.count == N * H * V
-    _, _, entropy, _, highest, log_sum = rows
-    cotangents = (log_sum, None, entropy, None)
-    with Multiplications() as work:
-        room.fused_linear_logprobs_bwd(
-            *factors, None, 5, entropy, highest, log_sum, *cotangents, *OPTIONS, *needs
-        )
-    assert work.count == products * N * H * V
+    assert there_and_back(factors, False, needs) == (1, products)
+    assert there_and_back(factors, True, needs) == (1, products - 1)
+
+
+def test_logits_that_fit_are_kept_and_others_are_not(leaves):
+    weight, x, y = leaves
+    kept = {}
+    for rows in (N - 1, N):
+        logp = fused_linear_logprobs(weight, x, y, memory_budget=rows * 48 * x.itemsize)
+        saved = [t.numel() for t in logp.grad_fn.saved_tensors if t is not None]
+        kept[rows] = N * 48 in saved
+    assert kept == {N - 1: False, N: True}
+
+
+def test_no_logits_are_kept_where_nobody_differentiates(factors):
+    rows = room.fused_linear_logprobs_fwd(*factors, *CHUNKS, True, *OPTIONS, False, False, False)
+    assert rows[-1].numel() == 0
+
+
+def test_ignored_rows_are_left_out_where_their_number_is_known(leaves, monkeypatch):
+    weight, x, y = leaves
+    y[::3] = -100
+    valid = int((y != -100).sum())
+
+    def answers(**options):
+        rows = fused_linear_logprobs(
+            weight, x, y, lse=True, entropy=True, top1=True, **options
+        )  # fmt: skip
+        loss = (rows.logp.square() + rows.lse.sin() * rows.logp + rows.entropy).sum()
+        return *rows, *torch.autograd.grad(loss, (weight, x))
+
+    for most in (valid, valid + 1, N):
+        torch.testing.assert_close(answers(max_valid=most), answers())
+    *numbers, top1, dweight, dx = answers(max_valid=valid - 1)
+    assert all(t.isnan().any() for t in (*numbers, dweight, dx))
+    assert top1.min() == -1
+
+    rows_seen = []
+
+    def seen(weight, x, *others):
+        rows_seen.append(len(x))
+        return logits_to_keep(weight, x, *others)
+
+    monkeypatch.setattr(room, "logits_to_keep", seen)
+    fused_linear_logprobs(weight, x, y, max_valid=valid)
+    assert rows_seen == [valid]
+
+
+@pytest.mark.parametrize("accum_dtype", [torch.bfloat16, torch.float32])
+def test_chunks_add_up_in_the_dtype_that_is_asked_for(factors, accum_dtype, monkeypatch):
+    weight, x, y = (t.bfloat16() if t.is_floating_point() else t for t in factors)
+    seen = set()
+
+    def pull_back(g, weight, x, rows, dweight, *others):
+        seen.add(dweight.dtype)
+        return chunks.pull_back(g, weight, x, rows, dweight, *others)
+
+    monkeypatch.setattr(room, "pull_back", pull_back)
+    logp = fused_linear_logprobs(weight.requires_grad_(), x, y, 5, accum_dtype=accum_dtype)
+    (dweight,) = torch.autograd.grad(logp.sum(), (weight,))
+    assert seen == {accum_dtype}
+    assert dweight.dtype is torch.bfloat16
 
 
 class LargestTensor(TorchDispatchMode):
@@ -114,11 +184,6 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_is_larger_than_the_chunk_or_the_weight(factors):
     with LargestTensor() as largest:
-        rows = room.fused_linear_logprobs_fwd(*factors, None, 5, *OPTIONS)
-        _, _, entropy, _, highest, log_sum = rows
-        cotangents = (log_sum, None, entropy, None)
-        room.fused_linear_logprobs_bwd(
-            *factors, None, 5, entropy, highest, log_sum, *cotangents, *OPTIONS, True, True, False
-        )
+        there_and_back(factors, False, (True, True, False))
     padded = -(-V // 16) * 16
     assert largest.numel == max(5 * padded, V * H) < N * V

@@ -8,7 +8,8 @@ memory allows.
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from liger_fn.functional.core import check
-from liger_fn.functional.core.launch import cdiv
+from liger_fn.functional.core.launch import cdiv, unit_stride
 from liger_fn.functional.loss.cross_entropy import check_target
 
 _BUFFER_BYTES = 5 << 28
@@ -123,6 +124,43 @@ def logits_of(
         yield rows, logits
 
 
+def new_kept(x: Tensor, rows: torch.Size, weight: Tensor, keep: bool) -> Tensor:
+    """Memory for the logits of all rows, or, if they are not kept, for none."""
+    return x.new_empty((*rows, width_of(weight.shape[0]) if keep else 0))
+
+
+def logits_to_keep(
+    weight: Tensor, x: Tensor, bias: Tensor | None, limits: Limits, kept: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Give the logits of some rows at a time, or, where `kept` has room, of all in that."""
+    V, N = weight.shape[0], x.shape[0]
+    if kept.shape[-1]:
+        chunks, buffer = Plan(N, N), kept.view(N, -1)
+        buffer[:, V:] = 0.0
+    else:
+        chunks = limits.plan(N, weight)
+        buffer = x.new_empty((chunks.rows, width_of(V)))
+    return logits_of(weight, x, bias, chunks.slices(N), buffer)
+
+
+def logits_again(
+    weight: Tensor, x: Tensor, bias: Tensor | None, limits: Limits, kept: Tensor, donated: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Give the logits again, kept or made anew, each time with memory for their gradient.
+
+    That is the memory of the logits, unless they are kept for others, too.
+    """
+    V, N = weight.shape[0], x.shape[0]
+    if kept.shape[-1]:
+        kept = unit_stride(kept).view(N, -1)
+        yield slice(0, N), kept[:, :V], (kept if donated else torch.empty_like(kept))[:, :V]
+    else:
+        chunks = limits.plan(N, weight)
+        buffer = x.new_empty((chunks.rows, width_of(V)))
+        for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+            yield rows, logits, logits
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """Write a · b to out, or add it, in the dtype of out, which may be wider than theirs."""
     options: dict[str, Any] = {}
@@ -155,6 +193,27 @@ def pull_back(
         torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)
 
 
+def first_valid(
+    x: Tensor, y: Tensor, ignore_index: int, max_valid: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the rows that count, `max_valid` rows in all, their places, and NaN if there are more.
+
+    The order is found on the device: a stable sort by whether a row counts.
+    """
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
+    # uint8 holds no -100, and would compare with 156.
+    ignored = y.long() == ignore_index
+    places = torch.argsort(ignored.to(torch.uint8), stable=True)[:max_valid]
+    valid = ignored.numel() - ignored.sum()
+    sound = torch.where(valid > max_valid, math.nan, 1.0)
+    return x.index_select(0, places), y.index_select(0, places), places, sound
+
+
+def among_all(rows: Tensor, places: Tensor, whole: torch.Size, ignored: float = 0.0) -> Tensor:
+    """Put what is known of the rows that count among those that do not."""
+    return rows.new_full((whole.numel(),), ignored).index_copy(0, places, rows).view(whole)
+
+
 def check_head(
     op: str, weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, chunk_size: int | None
 ) -> None:
@@ -183,3 +242,25 @@ def check_factors(op: str, weight: Tensor, x: Tensor, bias: Tensor | None, of: s
     check.shape(op, f"{of}weight", weight, (V, x.shape[-1]), because)
     if bias is not None:
         check.shape(op, f"{of}bias", bias, (V,), "one per class")
+
+
+def check_memory(
+    op: str, max_valid: int | None, memory_budget: int | None,
+    accum_dtype: torch.dtype | None, accumulators: Sequence[torch.dtype], inside: torch.dtype,
+) -> None:  # fmt: skip
+    """Check how many rows count, the bytes that logits may take, and the dtype of sums."""
+    if accum_dtype not in (None, *accumulators):
+        either = " or ".join(dict.fromkeys(map(str, accumulators)))
+        check.fail(op, "accum_dtype", f"be {either} for `x` of {inside}, or None", accum_dtype)
+    if max_valid is not None:
+        natural = isinstance(max_valid, (int, torch.SymInt)) and max_valid >= 0
+        check.number(op, "max_valid", max_valid, "be a whole number of rows, or None", natural)
+    check_budget(op, memory_budget)
+
+
+def check_budget(op: str, memory_budget: int | None) -> None:
+    """Check the bytes that logits may take."""
+    if memory_budget is not None:
+        positive = isinstance(memory_budget, (int, torch.SymInt)) and memory_budget > 0
+        contract = "be a positive number of bytes, or None"
+        check.number(op, "memory_budget", memory_budget, contract, positive)

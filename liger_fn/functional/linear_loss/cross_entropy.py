@@ -18,7 +18,6 @@ Losses by row have an upstream number each. Forward keeps `lse`, 4 bytes a row, 
 themselves if they fit in the buffer; if not, backward makes them again, another 2·N·H·V operations.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -40,10 +39,15 @@ from liger_fn.functional.core.launch import (
 from liger_fn.functional.core.rules import dtype_inside
 from liger_fn.functional.linear_loss.chunks import (
     Limits,
-    Plan,
+    among_all,
     check_head,
+    check_memory,
     dtypes_as_given,
+    first_valid,
+    logits_again,
     logits_of,
+    logits_to_keep,
+    new_kept,
     pull_back,
     width_of,
 )
@@ -281,26 +285,21 @@ def fused_linear_cross_entropy_rows_fwd(
     need_dx: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (V, H), N = weight.shape, y.numel()
-    keep = keep and (need_dweight or need_dx or need_dbias)
+    H, N = x.shape[-1], y.numel()
     loss = x.new_empty(y.shape, dtype=accumulator(x.dtype))
     lse = torch.empty_like(loss)
-    kept = x.new_empty((*y.shape, width_of(V) if keep else 0))
+    kept = new_kept(x, y.shape, weight, keep and (need_dweight or need_dx or need_dbias))
 
     if has_work(loss):
-        limits = Limits(chunk_size, memory_budget, wide)
-        chunks = Plan(N, N) if keep else limits.plan(N, weight)
         x, y = x.reshape(N, H), y.reshape(-1)
         each_loss, each_lse = loss.view(-1), lse.view(-1)
-        buffer = kept.view(N, -1) if keep else x.new_empty((chunks.rows, width_of(V)))
-        if keep:
-            buffer[:, V:] = 0.0
+        limits = Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+            for rows, logits in logits_to_keep(weight, x, bias, limits, kept):
                 launch_rows(
                     logits, y[rows], class_weight, each_lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-                    loss=each_loss[rows], width=buffer.shape[1],
+                    loss=each_loss[rows], width=logits.stride(0),
                 )  # fmt: skip
     return loss, lse, kept
 
@@ -336,22 +335,16 @@ def fused_linear_cross_entropy_rows_bwd(
     dbias = make((V,), dtype=lse.dtype) if need_dbias else None
 
     if has_work(y):
-        chunks = Limits(chunk_size, memory_budget, wide).plan(N, weight)
         x, y = x.reshape(N, H), y.reshape(-1)
         lse, dloss = lse.reshape(-1), dloss.reshape(-1)
         each_dx = None if dx is None else dx.view(x.shape)
-        is_kept = kept.shape[-1] > 0
-        kept = unit_stride(kept).view(N, kept.shape[-1])
-        rows_at_once = N if is_kept else chunks.rows
-        buffer = kept if is_kept and donated else x.new_empty((rows_at_once, width_of(V)))
+        limits = Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            logits_again = logits_of(weight, x, bias, chunks.slices(N), buffer)
-            for rows, logits in [(slice(0, N), kept[:, :V])] if is_kept else logits_again:
-                g = buffer[: len(logits), :V]
+            for rows, logits, g in logits_again(weight, x, bias, limits, kept, donated):
                 launch_rows(
                     logits, y[rows], class_weight, lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-                    dloss=dloss[rows], dlogits=g, width=buffer.shape[1],
+                    dloss=dloss[rows], dlogits=g, width=g.stride(0),
                 )  # fmt: skip
                 pull_back(g, weight, x, rows, dweight, each_dx, dbias)
     return (
@@ -374,22 +367,6 @@ _of_rows = custom_vjp(
 )
 
 
-def _first_valid(
-    x: Tensor, y: Tensor, ignore_index: int, max_valid: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the rows that count, `max_valid` rows in all, their places, and NaN if there are more.
-
-    The order is found on the device: a stable sort by whether a row counts.
-    """
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1)
-    # uint8 holds no -100, and would compare with 156.
-    ignored = y.long() == ignore_index
-    places = torch.argsort(ignored.to(torch.uint8), stable=True)[:max_valid]
-    valid = ignored.numel() - ignored.sum()
-    sound = torch.where(valid > max_valid, math.nan, 1.0)
-    return x.index_select(0, places), y.index_select(0, places), places, sound
-
-
 def items_of(
     num_items: Tensor | float | None,
     x: Tensor,
@@ -404,17 +381,6 @@ def items_of(
     if isinstance(num_items, Tensor):
         return num_items.detach().to(x.device, dtype)
     return torch.full((), num_items, device=x.device, dtype=dtype)
-
-
-def check_totals(
-    op: str, memory_budget: int | None, num_items: Tensor | float | None, reduction: str
-) -> None:
-    """Check the bytes that logits may take, and what a mean divides by."""
-    if memory_budget is not None:
-        positive = isinstance(memory_budget, (int, torch.SymInt)) and memory_budget > 0
-        contract = "be a positive number of bytes, or None"
-        check.number(op, "memory_budget", memory_budget, contract, positive)
-    check_items(op, num_items, reduction)
 
 
 def check_items(op: str, num_items: Tensor | float | None, reduction: str) -> None:
@@ -501,30 +467,27 @@ def fused_linear_cross_entropy(
     )  # fmt: skip
 
     inside = dtype_inside(x)
-    if accum_dtype not in (None, narrowest(inside), accumulator(inside)):
-        either = " or ".join(dict.fromkeys(map(str, (narrowest(inside), accumulator(inside)))))
-        check.fail(op, "accum_dtype", f"be {either} for `x` of {inside}, or None", accum_dtype)
-    if max_valid is not None:
-        natural = isinstance(max_valid, (int, torch.SymInt)) and max_valid >= 0
-        check.number(op, "max_valid", max_valid, "be a whole number of rows, or None", natural)
-    check_totals(op, memory_budget, num_items, reduction)
+    # Losses by row have their upstream numbers from the start: no gradient is held for another.
+    narrow = inside if reduction == "none" else narrowest(inside)
+    accumulators = (narrow, accumulator(inside))
+    check_memory(op, max_valid, memory_budget, accum_dtype, accumulators, inside)
+    check_items(op, num_items, reduction)
 
     whole, few = y.shape, max_valid is not None and max_valid < y.numel()
     if few:
-        x, y, places, sound = _first_valid(x, y, ignore_index, max_valid)
+        x, y, places, sound = first_valid(x, y, ignore_index, max_valid)
     # What the backward pass gets depends on these, so a compiler that leaves the number of rows
     # open gets what is right for all.
     limits = Limits(chunk_size, memory_budget)
     keep, wide = limits.one_chunk(y.numel(), weight), not limits.two_chunks(y.numel(), weight)
     if accum_dtype is not None:
-        wide = accum_dtype is not narrowest(inside)
+        wide = accum_dtype is not narrow
     chunks = (chunk_size, memory_budget, wide)
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if reduction == "none":
         loss = _of_rows(weight, x, y, bias, class_weight, *chunks, keep, *options)
         if few:
-            nothing = loss.new_zeros(whole.numel())
-            loss = nothing.index_copy(0, places, loss * sound.to(loss.dtype)).view(whole)
+            loss = among_all(loss * sound.to(loss.dtype), places, whole)
         return loss
 
     row_weight = items = None

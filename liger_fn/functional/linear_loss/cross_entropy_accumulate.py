@@ -16,9 +16,9 @@ from liger_fn.functional.core.backend import kernels_on, on_device
 from liger_fn.functional.core.custom_vjp import watched
 from liger_fn.functional.core.launch import accumulator, has_work
 from liger_fn.functional.core.rules import dtype_inside
-from liger_fn.functional.linear_loss.chunks import Limits, check_head
+from liger_fn.functional.linear_loss.chunks import Limits, check_budget, check_head
 from liger_fn.functional.linear_loss.cross_entropy import (
-    check_totals,
+    check_items,
     items_of,
     reference_of_sum,
     sum_over_chunks,
@@ -120,7 +120,8 @@ def fused_linear_cross_entropy_accumulate(
         OP, x, "x", weight.shape[0], class_weight, ignore_index, reduction,
         label_smoothing, z_loss, softcap, logit_scale,
     )  # fmt: skip
-    check_totals(OP, memory_budget, num_items, reduction)
+    check_budget(OP, memory_budget)
+    check_items(OP, num_items, reduction)
 
     row_weight = None
     if reduction == "mean":

@@ -5,23 +5,32 @@
     g  = Σ cotangent · ∂/∂logits        dweight = gᵀ · x
     dx = g · weight                     dbias   = Σ_rows g
 
-Every row has upstream gradients of its own, which are known only in the backward pass: it makes the
-logits again, and the kernel of loss/logprobs.py writes g over them. 2·N·H·V operations forward,
-6·N·H·V backward. Kept are x, weight, y and 8 bytes a row, 12 with the entropy.
+Every row has upstream gradients of its own, which are known only in the backward pass. The logits
+are kept for it if the buffer holds them all; if not, it makes them again. The kernel of
+loss/logprobs.py writes g over them. 2·N·H·V operations forward, 4·N·H·V backward, or 6 of logits
+made again. Kept beside these are x, weight, y and 8 bytes a row, 12 with the entropy.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.launch import has_work
+from liger_fn.functional.core.launch import accumulator, has_work
+from liger_fn.functional.core.rules import dtype_inside
 from liger_fn.functional.linear_loss.chunks import (
     Limits,
+    among_all,
     check_head,
+    check_memory,
     dtypes_as_given,
-    logits_of,
+    first_valid,
+    logits_again,
+    logits_to_keep,
+    new_kept,
     pull_back,
-    width_of,
 )
 from liger_fn.functional.loss.logprobs import (
     LogProbs,
@@ -50,11 +59,13 @@ def reference(
     lse: bool = False,
     entropy: bool = False,
     top1: bool = False,
+    max_valid: int | None = None,
+    memory_budget: int | None = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor | LogProbs:
     scale, cap = tempered(logit_scale, softcap, temperature)
-    rows = reference_of_rows(
-        weight, x, y, bias, chunk_size, cap, scale, ignore_index, entropy, top1
-    )
+    logits = F.linear(x, weight, bias)
+    rows = reference_rows(logits, y, cap, scale, ignore_index, entropy, top1)
     return asked_for(rows, lse, entropy, top1)
 
 
@@ -64,6 +75,9 @@ def reference_of_rows(
     y: Tensor,
     bias: Tensor | None,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
+    keep: bool,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -88,26 +102,31 @@ def fused_linear_logprobs_fwd(
     y: Tensor,
     bias: Tensor | None,
     chunk_size: int | None,
+    memory_budget: int | None,
+    wide: bool,
+    keep: bool,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
     with_entropy: bool,
     with_top1: bool,
+    need_dweight: bool,
+    need_dx: bool,
+    need_dbias: bool,
 ) -> tuple[Tensor | None, ...]:
     of_all = new_rows(x, y.shape, with_entropy, with_top1)
+    kept = new_kept(x, y.shape, weight, keep and (need_dweight or need_dx or need_dbias))
 
     if has_work(of_all[0]):
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
-        flat = _flat(*of_all)
-        chunks = Limits(chunk_size, None).plan(len(y), weight)
-        buffer = x.new_empty((chunks.rows, width_of(weight.shape[0])))
+        flat, limits = _flat(*of_all), Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            for rows, logits in logits_of(weight, x, bias, chunks.slices(len(y)), buffer):
+            for rows, logits in logits_to_keep(weight, x, bias, limits, kept):
                 launch_fwd(
                     logits, y[rows], softcap, logit_scale, ignore_index,
-                    _of_chunk(flat, rows), buffer.shape[1],
+                    _of_chunk(flat, rows), logits.stride(0),
                 )  # fmt: skip
-    return of_all
+    return *of_all, kept
 
 
 def fused_linear_logprobs_bwd(
@@ -119,10 +138,14 @@ def fused_linear_logprobs_bwd(
     entropy: Tensor | None,
     highest: Tensor,
     log_sum: Tensor,
+    kept: Tensor,
     dlogp: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
     dtop1: Tensor | None,
+    memory_budget: int | None,
+    wide: bool,
+    keep: bool,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -131,11 +154,11 @@ def fused_linear_logprobs_bwd(
     need_dweight: bool,
     need_dx: bool,
     need_dbias: bool,
+    donated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    N, limits = y.numel(), Limits(chunk_size, None)
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(y) else x.new_zeros
-    held = x.dtype if limits.two_chunks(N, weight) else log_sum.dtype
+    held = log_sum.dtype if wide else x.dtype
     dweight = make(weight.shape, dtype=held) if need_dweight else None
     dx = make(x.shape) if need_dx else None
     dbias = make(weight.shape[:1], dtype=log_sum.dtype) if need_dbias else None
@@ -143,16 +166,15 @@ def fused_linear_logprobs_bwd(
     if has_work(y):
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
         each_dx = None if dx is None else dx.view(x.shape)
-        kept, cotangents = _flat(highest, log_sum, entropy), _flat(dlogp, dlse, dentropy)
-        chunks = Limits(chunk_size, None, wide=held is not x.dtype).plan(N, weight)
-        buffer = x.new_empty((chunks.rows, width_of(weight.shape[0])))
+        of_rows, cotangents = _flat(highest, log_sum, entropy), _flat(dlogp, dlse, dentropy)
+        limits = Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+            for rows, logits, g in logits_again(weight, x, bias, limits, kept, donated):
                 launch_bwd(
                     logits, y[rows], softcap, logit_scale, ignore_index,
-                    _of_chunk(kept, rows), _of_chunk(cotangents, rows), logits, buffer.shape[1],
+                    _of_chunk(of_rows, rows), _of_chunk(cotangents, rows), g, g.stride(0),
                 )  # fmt: skip
-                pull_back(logits, weight, x, rows, dweight, each_dx, dbias)
+                pull_back(g, weight, x, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,
@@ -166,10 +188,10 @@ _fused_linear_logprobs = custom_vjp(
     fwd=fused_linear_logprobs_fwd,
     bwd=fused_linear_logprobs_bwd,
     results="logp lse entropy top1",
-    residuals="highest log_sum",
+    residuals="highest log_sum kept",
     grads="weight x bias",
     unused=True,
-    rows="x y logp lse entropy top1 highest log_sum",
+    rows="x y logp lse entropy top1 highest log_sum kept",
     autocast="weight x bias",
 )
 
@@ -188,6 +210,9 @@ def fused_linear_logprobs(
     lse: bool = False,
     entropy: bool = False,
     top1: bool = False,
+    max_valid: int | None = None,
+    memory_budget: int | None = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor | LogProbs:
     """Compute the log-probability of each target under a linear head without holding its logits.
 
@@ -201,11 +226,17 @@ def fused_linear_logprobs(
         x: (..., H), the dtype of weight (under autocast all are cast as F.linear casts them).
         y: (...), any integer dtype: the targets. A target outside [0, V) that is not ignore_index
             makes its logp and the gradients NaN.
-        chunk_size: rows of logits held at once; None: as `fused_linear_cross_entropy` chooses.
-            Results agree for every size up to rounding.
+        chunk_size: rows of logits held at once; None: what `memory_budget` allows. Results agree
+            for every size up to rounding.
         bias: (V,), the dtype of weight; None: no bias.
         temperature, logit_scale, softcap, ignore_index, lse, entropy, top1: as in `logprobs`; all
             apply after the bias.
+        max_valid, memory_budget: as in `fused_linear_cross_entropy`: at most so many rows are not
+            ignored, if the host knows (more of them make all but top1 NaN), and bytes of logits
+            held at once. Logits that fit are kept for the backward pass, which is then a quarter
+            shorter.
+        accum_dtype: the dtype in which chunks add up; None: that of x for one or two chunks,
+            float32 for more.
 
     Returns:
         logp (...), in float32 (float64 for float64 x), or LogProbs(logp, lse, entropy, top1) if
@@ -221,16 +252,36 @@ def fused_linear_logprobs(
         all else is float32 (float64 for float64 x), and the sums over chunks of rows are held as
         those of `fused_linear_cross_entropy`.
     Memory: one buffer of chunk_size · V logits while a pass runs. weight, x, y and 8 bytes a row
-        (12 with the entropy) live until the backward pass, which makes the logits again. The
-        reference, which is what runs on a CPU, holds all logits.
+        (12 with the entropy) live until the backward pass, and the logits if the budget holds all
+        of them; else it makes them again. The reference, which is what runs on a CPU, holds all
+        logits.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
     """
     op = "fused_linear_logprobs"
     check_head(op, weight, x, y, bias, chunk_size)
     check_options(op, temperature, logit_scale, softcap, ignore_index)
     check_classes(op, "weight", weight.shape[0], x.dtype, top1)
+    inside = dtype_inside(x)
+    accumulators = (inside, accumulator(inside))
+    check_memory(op, max_valid, memory_budget, accum_dtype, accumulators, inside)
+
+    whole, few = y.shape, max_valid is not None and max_valid < y.numel()
+    if few:
+        x, y, places, sound = first_valid(x, y, ignore_index, max_valid)
+    # A compiler that leaves the number of rows open gets what is right for all.
+    limits, N = Limits(chunk_size, memory_budget), y.numel()
+    wide = not limits.two_chunks(N, weight)
+    if accum_dtype is not None:
+        wide = accum_dtype is not inside
     scale, cap = tempered(logit_scale, softcap, temperature)
-    rows = _fused_linear_logprobs(
-        weight, x, y, bias, chunk_size, cap, scale, ignore_index, bool(entropy), bool(top1)
-    )
+    rows: Any = _fused_linear_logprobs(
+        weight, x, y, bias, chunk_size, memory_budget, wide, limits.one_chunk(N, weight),
+        cap, scale, ignore_index, bool(entropy), bool(top1),
+    )  # fmt: skip
+    if few:
+        *numbers, token = rows
+        numbers = [
+            None if t is None else among_all(t * sound.to(t.dtype), places, whole) for t in numbers
+        ]
+        rows = *numbers, None if token is None else among_all(token, places, whole, -1.0)
     return asked_for(rows, lse, entropy, top1)

@@ -35,7 +35,10 @@ def case(*shape: int, id: str = "", bias: bool = False, **options) -> Case:
     return Case(id or "x".join(map(str, shape)), make)
 
 
-def as_models_write_it(weight, x, y, chunk_size=None, *, bias=None, **options):
+def as_models_write_it(
+    weight, x, y, chunk_size=None, *, bias=None, max_valid=None, memory_budget=None,
+    accum_dtype=None, **options,
+):  # fmt: skip
     return as_trainers_write_it(F.linear(x, weight, bias), y, **options)
 
 
@@ -90,6 +93,7 @@ SPEC = OpSpec(
         case(5, 4, 7, chunk_size=2, bias=True, top1=True, id="top1"),
         case(4, 3, 7, softcap=2.0, logit_scale=0.5, temperature=0.7, entropy=True, id="tempered"),
         case(4, 3, 7, chunk_size=3, ignore_index=2, entropy=True, id="ignore-index"),
+        case(6, 3, 7, memory_budget=64, max_valid=5, entropy=True, id="some-rows"),
     ),
     sizes=(
         case(6, 9, **ALL, id="single-row"),
@@ -128,6 +132,12 @@ SPEC = OpSpec(
             "`temperature` must be positive; got -1.0."),
         bad("softcap", lambda d: {"softcap": -1.0}, ValueError,
             "`softcap` must be positive, or None; got -1.0."),
+        bad("memory_budget zero", lambda d: {"memory_budget": 0}, ValueError,
+            "`memory_budget` must be a positive number of bytes, or None; got 0."),
+        bad("max_valid negative", lambda d: {"max_valid": -1}, ValueError,
+            "`max_valid` must be a whole number of rows, or None; got -1."),
+        bad("accum_dtype", lambda d: {"accum_dtype": torch.float16}, ValueError,
+            "`accum_dtype` must be torch.float32 for `x` of torch.float32, or None; got"),
         bad("too many classes",
             lambda d: {
                 "weight": torch.empty((1 << 24) + 1, 6, device="meta"),
