@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_fn.functional import fused_linear_cross_entropy
+from liger_fn.functional.linear_loss import chunks
 from liger_fn.functional.linear_loss import cross_entropy as room
 from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
 from liger_fn.testing.specs.cross_entropy import EVERY_OPTION, as_torch, compilation, targets
@@ -77,7 +78,14 @@ def kernels() -> list[Compilation]:
         )
         for held in ("bf16", "fp32")
     ]
-    return over_the_logits + upstream
+    sums = Compilation(
+        "sum-of-two-chunks",
+        chunks._add_kernel,
+        {"total_ptr": "*bf16", "part_ptr": "*fp32", "n": "i32"},
+        {"BLOCK": 4096},
+        8,
+    )
+    return [*over_the_logits, *upstream, sums]
 
 
 def _good(draw) -> dict:
