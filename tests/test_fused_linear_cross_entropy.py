@@ -6,6 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liger_fn.functional import fused_linear_cross_entropy
+from liger_fn.functional.core.launch import shared_memory
+from liger_fn.functional.linear_loss import chunks
 from liger_fn.functional.linear_loss import cross_entropy as room
 from liger_fn.functional.linear_loss.chunks import Limits
 
@@ -231,6 +233,30 @@ def test_num_items_divides_a_mean(device, factors):
     for items in (7, 7.0, torch.tensor(7), torch.tensor(7.0, device=device)):
         mean = fused_linear_cross_entropy(weight, x, y, num_items=items)
         torch.testing.assert_close(mean, total / 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("K", "V", "H", "add"),
+    [
+        (96, 200, 72, chunks._add_by_tiles),
+        (70, 300, 264, chunks._add_by_tiles),
+        (1, 16, 8, chunks._add_by_tiles),
+        (70, 130, 30, chunks._add_by_parts),
+    ],
+)
+def test_a_product_is_added_and_rounded_once(device, dtype, K, V, H, add, monkeypatch):
+    if add is chunks._add_by_tiles and shared_memory(device) < 220_000:
+        pytest.skip("before Hopper no chip copies tiles")
+    monkeypatch.setattr(chunks, "_PART_BYTES", 4 * H * 50)
+    buffer = torch.full((K, chunks.width_of(V)), torch.nan, dtype=dtype, device=device)
+    g, x, total = buffer[:, :V], *(torch.randn(n, H).to(device, dtype) for n in (K, V))
+    g.copy_(torch.randn(K, V))
+    exact = total.double() + g.double().t() @ x.double()
+    add(g, x, total)
+    # Triton's interpreter does not round to the nearest.
+    one_rounding = torch.finfo(dtype).eps / (1 if device.type == "cpu" else 2)
+    torch.testing.assert_close(total.double(), exact, rtol=1.01 * one_rounding, atol=1e-5)
 
 
 def test_sums_of_chunks_err_as_little_as_stated(device):

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 
 from liger_fn.functional.core.launch import TRITON_MISSING, interpreted
 from liger_fn.testing.spec import Compilation
@@ -73,7 +72,9 @@ def compile_all(ops: Sequence[str] = (), chips: Sequence[int] = CHIPS) -> Iterat
     work = [
         (spec.name, i, chip)
         for spec in chosen
-        for i, chip in product(range(len(spec.kernels())), chips)
+        for i, kernel in enumerate(spec.kernels())
+        for chip in chips
+        if chip in (kernel.chips or chips)
     ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(_compile, *zip(*work, strict=True), chunksize=len(chips))

@@ -62,7 +62,7 @@ class Compilation:
     """One kernel as a launcher would compile it, for a chip that need not be here.
 
     `signature` maps each runtime argument to Triton's type ("*bf16", "i32", "fp32"); `constants`
-    the rest.
+    the rest. `chips` are those for which it is meant; none named: all.
     """
 
     id: str
@@ -71,6 +71,7 @@ class Compilation:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    chips: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

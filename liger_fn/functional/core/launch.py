@@ -10,6 +10,7 @@ TRITON_MISSING = ""
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:  # macOS, Windows: the references run, and the op files still import
     TRITON_MISSING = str(error)
 
@@ -22,7 +23,7 @@ except ImportError as error:  # macOS, Windows: the references run, and the op f
         def __call__(self, fn: Any = None, **_: Any) -> Any:
             return fn if callable(fn) else self
 
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
 
 _TRITON_DTYPES: dict[torch.dtype, Any] = {
     torch.float64: tl.float64,

@@ -448,7 +448,7 @@ def fused_linear_cross_entropy(
 
     Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
         losses never are. Gradients are rounded as those of PyTorch's products where one chunk holds
-        all rows; the sum of two chunks, by default, errs 1.17 times as much; sums in float32 as
+        all rows; the sum of two chunks, by default, errs 1.2 times as much; sums in float32 as
         little as one chunk. An upstream gradient of "mean" or "sum" that is no power of two rounds
         once more. float64 throughout for float64 inputs.
     Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 
 from liger_fn.functional import fused_linear_cross_entropy
 from liger_fn.functional.linear_loss import chunks
@@ -78,14 +79,30 @@ def kernels() -> list[Compilation]:
         )
         for held in ("bf16", "fp32")
     ]
-    sums = Compilation(
-        "sum-of-two-chunks",
-        chunks._add_kernel,
-        {"total_ptr": "*bf16", "part_ptr": "*fp32", "n": "i32"},
-        {"BLOCK": 4096},
-        8,
-    )
-    return [*over_the_logits, *upstream, sums]
+    return [*over_the_logits, *upstream, *sums_of_two_chunks()]
+
+
+def sums_of_two_chunks() -> list[Compilation]:
+    config = chunks._add_product_config()
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    kernels = []
+    for name, dtype in {"bf16": tl.bfloat16, "fp16": tl.float16}.items():
+        tiles = {
+            f"{n}_desc": f"tensordesc<{name}[{config[f'BLOCK_{a}']},{config[f'BLOCK_{b}']}]>"
+            for n, (a, b) in {"g": "KV", "x": "KH", "total": "VH"}.items()
+        }
+        kernels.append(
+            Compilation(
+                f"sum-of-two-chunks-{name}",
+                chunks._add_product_kernel,
+                tiles | dict.fromkeys("VHK", "i32"),
+                {"DTYPE": dtype, "PROGRAMS": 132} | config,
+                warps,
+                stages,
+                chips=(90, 100),
+            )
+        )
+    return kernels
 
 
 def _good(draw) -> dict:
