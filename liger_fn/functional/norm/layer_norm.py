@@ -34,7 +34,7 @@ def reference(
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, mean, rstd = norm_fwd(x, None, weight, bias, eps, 0.0, cast=False, centred=True)
+    y, _, mean, rstd = norm_fwd(x, None, weight, bias, eps, None, cast=False, centred=True)
     return y, mean, rstd
 
 
@@ -50,7 +50,7 @@ def layer_norm_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return norm_bwd(x, weight, bias, mean, rstd, dy, None, 0.0, need_dx, need_dweight, need_dbias)
+    return norm_bwd(x, weight, bias, mean, rstd, dy, None, None, need_dx, need_dweight, need_dbias)
 
 
 _layer_norm = custom_vjp(

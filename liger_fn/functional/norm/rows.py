@@ -62,14 +62,23 @@ def load_rows(
 
 @triton.jit
 def load_row_features(ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
-    """Load what all rows share, once for each row: each thread gets what it needs by itself."""
+    """Load what all rows share, as PIECES blocks."""
     blocks = no_blocks()
     if ptr is not None:
-        each_row = tl.zeros((BLOCK_N, 1), tl.int32)
         for i in tl.static_range(PIECES):
-            col = each_row + (i * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-            blocks += (tl.load(ptr + col, mask=col < D, other=0.0),)
+            col = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            blocks += (_load_row_block(ptr, col, D, BLOCK_N),)
     return blocks
+
+
+@triton.jit
+def _load_row_block(ptr, col, D, BLOCK_N: tl.constexpr):
+    """Load a block of it, once for each row: each thread gets what it needs by itself."""
+    block = None
+    if ptr is not None:
+        col = tl.zeros((BLOCK_N, 1), tl.int32) + col[None, :]
+        block = tl.load(ptr + col, mask=col < D, other=0.0)
+    return block
 
 
 @triton.jit
@@ -88,6 +97,16 @@ def row_sums(a, PIECES: tl.constexpr):
     for i in tl.static_range(1, PIECES):
         total += a[i]
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def row_dots_and_sums(a, b, PIECES: tl.constexpr):
+    """Give Σ a · b and Σ a of each row, in one reduction: two would wait at twice the barriers."""
+    products, total = a[0] * b[0], a[0]
+    for i in tl.static_range(1, PIECES):
+        products += a[i] * b[i]
+        total += a[i]
+    return tl.split(tl.sum(tl.join(products, total), axis=1))
 
 
 @triton.jit
@@ -112,12 +131,21 @@ def _centred(x, mean, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
+def _scale(weight, OFFSET: tl.constexpr, COMPUTE: tl.constexpr):
+    """Give offset + weight. To add zero is an addition too, so a norm without offset has None."""
+    scale = weight.to(COMPUTE)
+    if OFFSET is not None:
+        scale += OFFSET
+    return scale
+
+
+@triton.jit
 def affine(xhat, weight, bias, OFFSET: tl.constexpr, DTYPE: tl.constexpr, CAST: tl.constexpr):
     """Scale and shift by what there is of weight and bias; CAST rounds to DTYPE before."""
     if CAST:
         xhat = xhat.to(DTYPE).to(xhat.dtype)
     if weight is not None:
-        xhat *= weight.to(xhat.dtype) + OFFSET
+        xhat *= _scale(weight, OFFSET, xhat.dtype)
     if bias is not None:
         xhat += bias.to(xhat.dtype)
     return xhat
@@ -138,9 +166,10 @@ def _norm_fwd_kernel(
         residual = load_rows(
             residual_ptr, residual_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES
         )
-    # Asked for before the reduction, they arrive meanwhile.
-    weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
-    bias = load_row_features(bias_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+    if mean_ptr is None:
+        # Asked for before the reduction, they arrive meanwhile.
+        weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+        bias = load_row_features(bias_ptr, D, BLOCK_N, BLOCK_D, PIECES)
 
     if residual_ptr is not None:
         s = no_blocks()
@@ -155,8 +184,9 @@ def _norm_fwd_kernel(
         mean = _mean(row_sums(x, PIECES), D)
         x = _centred(x, mean, D, BLOCK_D, PIECES)
         # Far from zero the mean, as rounded, leaves one.
-        left = row_sums(x, PIECES) / D
-        variance = row_dots(x, x, PIECES) / D - left * left
+        squares, left = row_dots_and_sums(x, x, PIECES)
+        left /= D
+        variance = squares / D - left * left
         tl.store(mean_ptr + row, mean + left, mask=in_n)
     else:
         variance = row_dots(x, x, PIECES) / D
@@ -166,15 +196,17 @@ def _norm_fwd_kernel(
     for i in tl.static_range(PIECES):
         col = i * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = in_n[:, None] & (col < D)[None, :]
-        h = x[i]
+        xhat = x[i] * rstd[:, None]
         if mean_ptr is not None:
-            h -= left[:, None]
-        y = affine(
-            h * rstd[:, None],
-            weight[i] if weight_ptr is not None else None,
-            bias[i] if bias_ptr is not None else None,
-            OFFSET, DTYPE, CAST,
-        )  # fmt: skip
+            xhat -= (left * rstd)[:, None]
+            # Asked for now: beside a row that is held in float32 through two reductions, they would
+            # take the registers of every second program.
+            weight_i = _load_row_block(weight_ptr, col, D, BLOCK_N)
+            bias_i = _load_row_block(bias_ptr, col, D, BLOCK_N)
+        else:
+            weight_i = weight[i] if weight_ptr is not None else None
+            bias_i = bias[i] if bias_ptr is not None else None
+        y = affine(xhat, weight_i, bias_i, OFFSET, DTYPE, CAST)
         tl.store(y_ptr + row[:, None] * D + col[None, :], y, mask=inside)
 
 
@@ -265,23 +297,23 @@ def rows_config(D: int, itemsize: int, widest: int) -> dict:
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
 
 
-def _widest_fwd(itemsize: int, centred: bool) -> int:
-    """The widest row that stays in registers: 32 numbers a thread of a full program, half if the
-    mean is subtracted, for then a second row is live.
-    """
-    return (32768 if centred else 65536) // itemsize
-
-
 def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
     """About 8 KiB a program: each thread of four warps has four 16-byte loads in flight.
 
+    The widest row that stays in registers has 32 numbers a thread of a full program. A wide centred
+    one is in blocks of 4096: no block's weight and bias are asked for before the last block is
+    stored, so that 64 registers a thread are enough, and a multiprocessor takes two programs of 16
+    warps.
+
     It depends on nothing but the width, so that another number of rows compiles nothing.
     """
-    widest = _widest_fwd(itemsize, centred)
-    if widest < D:
+    if 65536 // itemsize < D:
         return {"BLOCK_D": 8192, "num_warps": 16}
     exact = D & -D
     block_d, pieces = (exact, D // exact) if exact >= 512 and 7 * exact >= D else cover(D)
+    if centred and D > 8192:
+        block_d = min(block_d, 4096)
+        pieces = cdiv(D, block_d)
     width = block_d * pieces
     block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
     num_warps = min(32, max(4, next_power_of_2(block_n * width // 1024)))
@@ -294,7 +326,7 @@ def norm_fwd(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    offset: float,
+    offset: float | None,
     cast: bool,
     centred: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -365,7 +397,7 @@ def _norm_bwd_kernel(
             dweight_next += (dweight[i] + dy[i] * xhat[i],)
             dbias_next += (dbias[i] + dy[i],)
             if weight_ptr is not None:
-                g += (dy[i] * (weight[i].to(COMPUTE) + OFFSET),)
+                g += (dy[i] * _scale(weight[i], OFFSET, COMPUTE),)
             else:
                 g += (dy[i],)
         dweight, dbias = dweight_next, dbias_next
@@ -404,7 +436,7 @@ def _load_xhat_g(
     x = tl.load(x_ptr + col, mask=in_d, other=0.0).to(COMPUTE)
     g = tl.load(dy_ptr + col, mask=in_d, other=0.0).to(COMPUTE)
     if weight_ptr is not None:
-        g *= tl.load(weight_ptr + col, mask=in_d, other=0.0).to(COMPUTE) + OFFSET
+        g *= _scale(tl.load(weight_ptr + col, mask=in_d, other=0.0), OFFSET, COMPUTE)
     return (x - mean) * rstd, g
 
 
@@ -582,7 +614,7 @@ def norm_bwd(
     rstd: Tensor,
     dy: Tensor,
     ds: Tensor | None,
-    offset: float,
+    offset: float | None,
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,

@@ -117,7 +117,7 @@ def compilations(residual: bool = False, centred: bool = False) -> Callable[[], 
     absent += [] if centred else ["mean_ptr", "bias_ptr", "dbias_part_ptr"]
     absent += [] if centred else ["more_part_ptr", "more_out_ptr"]
     compute = {"COMPUTE": tl.float32}
-    scaled = {"OFFSET": 0.0, **compute}
+    scaled = {"OFFSET": None if centred else 0.0, **compute}
 
     def kernels():
         out = []
