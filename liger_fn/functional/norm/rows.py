@@ -305,6 +305,10 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
     stored, so that 64 registers a thread are enough, and a multiprocessor takes two programs of 16
     warps.
 
+    Of rows of 128 there are 16 to a program, which has little to do: with 32, and the weight once
+    for each, a thread takes more than 64 registers, and a multiprocessor seven programs at a time
+    of the sixteen that 65536 rows leave it.
+
     It depends on nothing but the width, so that another number of rows compiles nothing.
     """
     if 65536 // itemsize < D:
@@ -315,7 +319,8 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
         block_d = min(block_d, 4096)
         pieces = cdiv(D, block_d)
     width = block_d * pieces
-    block_n = min(32, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
+    most = 32 if width < 128 else 16
+    block_n = min(most, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
     num_warps = min(32, max(4, next_power_of_2(block_n * width // 1024)))
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
 
