@@ -13,8 +13,8 @@ the cotangent of s, `dx`, `dweight` and `dbias` a gradient that nobody wants.
 A row is read once and stays in registers, as PIECES blocks of BLOCK_D columns: a power of two alone
 would leave up to half of the lanes empty. The backward pass is one persistent launch, each program
 walking a strip of rows with its share of dweight and dbias in registers while the next rows are on
-their way, and one small launch that adds the shares in a fixed order. Wider rows are read several
-times.
+their way, and one small launch that adds the shares in a fixed order. Where registers hold all but
+the share of dbias, another launch sums that, and reads dy again. Wider rows are read several times.
 """
 
 from collections.abc import Sequence
@@ -408,9 +408,14 @@ def _norm_bwd_kernel(
         dweight, dbias = dweight_next, dbias_next
 
         if dx_ptr is not None:
-            along = (row_dots(g, xhat, PIECES) / D)[:, None]
-            if mean_ptr is not None:
-                level = (row_sums(g, PIECES) / D)[:, None]
+            if mean_ptr is not None and PIECES > 1:
+                dots, sums = row_dots_and_sums(g, xhat, PIECES)
+                along, level = (dots / D)[:, None], (sums / D)[:, None]
+            else:
+                # Of one block all numbers are live at once, and do not fit twice.
+                if mean_ptr is not None:
+                    level = (row_sums(g, PIECES) / D)[:, None]
+                along = (row_dots(g, xhat, PIECES) / D)[:, None]
             for i in tl.static_range(PIECES):
                 col = i * BLOCK_D + tl.arange(0, BLOCK_D)
                 inside = in_n[:, None] & (col < D)[None, :]
@@ -562,9 +567,11 @@ def sums_of_parts(
     return sums
 
 
-def _widest_bwd(itemsize: int, centred: bool) -> int:
-    """The widest row of which x̂, g, and the shares of dweight and dbias all fit into registers."""
-    return (16384 if centred else 32768) // itemsize
+def _dbias_is_apart(D: int, centred: bool) -> bool:
+    """Whether x̂, g and the share of dweight leave no registers for that of dbias, which is then
+    summed by a launch of its own: that reads dy again, a third of what was read and written.
+    """
+    return centred and D > 12288
 
 
 def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
@@ -575,9 +582,10 @@ def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
     take two bytes an element. Beyond 8192 columns a row takes all registers, in blocks of which a
     thread has few numbers at a time, and the weight is read anew for each row.
     """
-    widest = _widest_bwd(itemsize, centred)
-    if widest < D:
+    if 32768 // itemsize < D:
         return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
+    if _dbias_is_apart(D, centred):
+        return _bwd_tile(1, 16384, 1, 1, 32, 1)
     if D > 8192:
         block_d, pieces = cover(D, 4096)
         return _bwd_tile(
@@ -638,26 +646,33 @@ def norm_bwd(
     per_sm = config.pop("per_sm")
     programs, strip = strips_of(N, config.get("BLOCK_N", 8), per_sm * sm_count(x.device))
     parts = [None if t is None else x.new_empty((programs, D), dtype=rstd.dtype) for t in like]
+    dweight_part, dbias_part = parts
     strides = x.stride(0), dy.stride(0), 0 if ds is None else ds.stride(0)
     options = {"OFFSET": offset, "COMPUTE": triton_dtype(rstd.dtype), **config}
 
-    if "PIECES" in config:
+    with_dx: tuple[Tensor | None, Tensor | None] = (dweight_part, dbias_part)
+    apart: tuple[Tensor | None, Tensor | None] = (None, None)
+    if "PIECES" not in config:
+        with_dx, apart = apart, with_dx
+    elif _dbias_is_apart(D, mean is not None):
+        with_dx, apart = (dweight_part, None), (None, dbias_part)
+
+    if "PIECES" not in config and need_dx:
+        launch(
+            _norm_bwd_wide_dx_kernel, (N,),
+            x, weight, mean, rstd, dy, ds, dx, *strides, D, **options,
+        )  # fmt: skip
+    if "PIECES" in config and any(t is not None for t in (dx, *with_dx)):
         launch(
             _norm_bwd_kernel, (programs,),
-            x, weight, mean, rstd, dy, ds, dx, *parts, *strides, N, D, strip, **options,
+            x, weight, mean, rstd, dy, ds, dx, *with_dx, *strides, N, D, strip, **options,
         )  # fmt: skip
-    else:
-        if need_dx:
-            launch(
-                _norm_bwd_wide_dx_kernel, (N,),
-                x, weight, mean, rstd, dy, ds, dx, *strides, D, **options,
-            )  # fmt: skip
-        if need_dweight or need_dbias:
-            launch(
-                _norm_bwd_wide_dweight_kernel, (cdiv(D, 256), programs),
-                x, mean, rstd, dy, *parts, *strides[:2], N, D, strip,
-                COMPUTE=options["COMPUTE"], BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
-            )  # fmt: skip
+    if any(t is not None for t in apart):
+        launch(
+            _norm_bwd_wide_dweight_kernel, (cdiv(D, 256), programs),
+            x, mean, rstd, dy, *apart, *strides[:2], N, D, strip,
+            COMPUTE=options["COMPUTE"], BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
+        )  # fmt: skip
     dweight, dbias = sums_of_parts(parts, like)
     return dx, dweight, dbias
 

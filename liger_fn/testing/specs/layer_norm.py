@@ -55,6 +55,7 @@ SPEC = OpSpec(
         case(70, 1152),
         case(3, 5120),
         case(5, 10000, id="wide-bwd"),
+        case(3, 13000, id="dbias-apart"),
         case(3, 20000, id="wide-both"),
         case(2, 33000, id="wide-in-16-bits"),
         Case(

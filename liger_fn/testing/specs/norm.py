@@ -125,13 +125,17 @@ def compilations(residual: bool = False, centred: bool = False) -> Callable[[], 
             config = {"EPS": 1e-6, "CAST": False, **scaled, **rows._fwd_config(D, 2, centred)}
             kernel = rows._norm_fwd_kernel if "PIECES" in config else rows._norm_fwd_wide_kernel
             out.append(_compilation(f"fwd-{D}", kernel, absent, **config))
-        for D in (64, 128, 1152, 2048, 2880, 4096, 5120, 8192, 16384, 32768):
+        for D in (64, 128, 1152, 2048, 2880, 4096, 5120, 8192, 12288, 16384, 32768):
             config = {**scaled, **rows._bwd_config(D, 2, centred)}
             kernel = rows._norm_bwd_kernel if "PIECES" in config else rows._norm_bwd_wide_dx_kernel
-            out.append(_compilation(f"bwd-{D}", kernel, absent, **config))
+            apart = ["dbias_part_ptr"] if rows._dbias_is_apart(D, centred) else []
+            out.append(_compilation(f"bwd-{D}", kernel, absent + apart, **config))
         tile = {"BLOCK_N": 8, "BLOCK_D": 256, "STAGES": 2, "num_warps": 4, **compute}
         wide = rows._norm_bwd_wide_dweight_kernel
         out.append(_compilation("bwd-wide-dweight", wide, absent, **tile))
+        if centred:
+            without = [*absent, "dweight_part_ptr"]
+            out.append(_compilation("bwd-wide-dbias", wide, without, **tile))
         adding = rows.add_parts_config(4096)
         return [*out, _compilation("add-parts", rows._add_parts_kernel, absent, **adding)]
 
