@@ -183,8 +183,8 @@ def _softmax_fwd_wide_kernel(
             mask_row += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
         if HELD:
             words = _load_pairs(x_row, end, HELD, MINUS_INFINITIES)
-            # To split is to take the words out of shared memory. The next row is sent for there
-            # before what is under a condition, though this one is always true.
+            # This takes the words out of shared memory. Triton has the next row copied there
+            # between that and what is under a condition: this one, always true, is there for it.
             first, second = _split(words, KIND)
 
         if row < N:
@@ -285,9 +285,11 @@ def _held(D: int, most: int, room: int) -> int:
 
 
 def _room_for_pairs(*rows: Tensor) -> int:
-    """Say how many bytes of shared memory hold rows in words of two elements; 0 if they cannot."""
+    """Say how many bytes of shared memory hold rows in words of two elements; 0 if they cannot, or
+    if Triton, which asks whether sizes are multiples of 16, would copy word by word.
+    """
     for x in rows:
-        if x.element_size() != 2 or (x.shape[1] | x.stride(0)) % 8 or x.data_ptr() % 16:
+        if x.element_size() != 2 or (x.shape[1] | x.stride(0)) % 16 or x.data_ptr() % 16:
             return 0
     # What is left is for sums over the warps.
     return shared_memory(rows[0].device) - 1024
