@@ -100,11 +100,12 @@ class Bound:
                 key.append(value)
             elif kind is bool or kind is float:
                 # True == 1 == 1.0, but Triton has a kernel for each.
-                key += kind, value
+                key.append((kind, value))
             else:
                 key.append(value.dtype)
                 value = value.data_ptr()
-                key.append(value % 16)
+                if value % 16:
+                    key.append((value % 16,))
             values.append(value)
         compiled = self._compiled.get(tuple(key))
 

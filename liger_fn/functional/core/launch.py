@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TRITON_MISSING = ""
 try:
@@ -38,7 +39,7 @@ def interpreted() -> bool:
     return not TRITON_MISSING and bool(triton.knobs.runtime.interpret)
 
 
-def has_work(out: torch.Tensor) -> bool:
+def has_work(out: Tensor) -> bool:
     """Say whether a launcher that has allocated `out` must launch: there is memory, and some of it.
 
     This makes every launcher its own shape function: on meta and fake tensors it only allocates.
@@ -55,18 +56,35 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return _TRITON_DTYPES[dtype]
 
 
-def dense_like(x: torch.Tensor) -> torch.Tensor:
+def dense_like(x: Tensor) -> Tensor:
     """Allocate the shape and dtype of x in dense memory; this takes half as long as `new_empty`."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """View x (..., D) as (N, D) with unit stride along D; copy only if no view can do it."""
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """Give x (..., D) as a kernel reads rows with unit stride, and how far apart they are.
+
+    It is as_rows, but that x itself will do where it is dense: a view costs more than to look.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
+def per_row(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Allocate a number for each row of x (..., D)."""
+    # Sizes one by one are read in half the time of a torch.Size.
+    return x.new_empty(*x.shape[:-1], dtype=dtype) if x.dim() > 1 else x.new_empty((), dtype=dtype)
+
+
+def unit_stride(x: Tensor | None) -> Tensor | None:
     """Give x dense memory, copying only if it has none."""
     return x if x is None or x.is_contiguous() else x.contiguous()
 

@@ -17,20 +17,22 @@ their way, and one small launch that adds the shares in a fixed order. Where reg
 the share of dbias, another launch sums that, and reads dy again. Wider rows are read several times.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from liger_fn.functional.core import check
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import MOST, Bound, launch
 from liger_fn.functional.core.launch import (
     accumulator,
-    as_rows,
     cdiv,
     dense_like,
     has_work,
     next_power_of_2,
+    per_row,
+    rows_of,
     sm_count,
     tl,
     triton,
@@ -325,6 +327,17 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
 
 
+@functools.lru_cache(MOST)
+def _norm_fwd_with(
+    D: int, dtype: torch.dtype, centred: bool, eps: float, offset: float, cast: bool
+) -> Bound:
+    config = _fwd_config(D, dtype.itemsize, centred)
+    return Bound(
+        _norm_fwd_kernel if "PIECES" in config else _norm_fwd_wide_kernel,
+        EPS=eps, OFFSET=offset, CAST=cast, COMPUTE=triton_dtype(accumulator(dtype)), **config,
+    )  # fmt: skip
+
+
 def norm_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -338,28 +351,22 @@ def norm_fwd(
     """Give y, s if there is a residual, the mean if rows are centred, and rstd."""
     y = dense_like(x)
     s = None if residual is None else dense_like(x)
-    rstd = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+    rstd = per_row(x, accumulator(x.dtype))
     mean = torch.empty_like(rstd) if centred else None
 
     if has_work(y):
-        x, residual = as_rows(x), None if residual is None else as_rows(residual)
+        N, D = rstd.numel(), x.shape[-1]
+        x, x_stride_n = rows_of(x)
+        residual, residual_stride_n = (None, 0) if residual is None else rows_of(residual)
         weight, bias = unit_stride(weight), unit_stride(bias)
-        N, D = x.shape
-        residual_stride_n = 0 if residual is None else residual.stride(0)
-        config = _fwd_config(D, x.element_size(), centred)
-        options = {"EPS": eps, "OFFSET": offset, "CAST": cast, "COMPUTE": triton_dtype(rstd.dtype)}
-        if "PIECES" in config:
-            launch(
-                _norm_fwd_kernel, (cdiv(N, config["BLOCK_N"]),),
-                x, residual, weight, bias, y, s, mean, rstd,
-                x.stride(0), residual_stride_n, N, D, **options, **config,
-            )  # fmt: skip
-        else:
-            launch(
-                _norm_fwd_wide_kernel, (N,),
-                x, residual, weight, bias, y, s, mean, rstd,
-                x.stride(0), residual_stride_n, D, **options, **config,
-            )  # fmt: skip
+        kernel = _norm_fwd_with(D, x.dtype, centred, eps, offset, cast)
+        block_n = kernel.constants.get("BLOCK_N")
+        # A program of a wide row need not know N.
+        grid, sizes = ((cdiv(N, block_n),), (N, D)) if block_n else ((N,), (D,))
+        kernel(
+            grid, x, residual, weight, bias, y, s, mean, rstd,
+            x_stride_n, residual_stride_n, *sizes,
+        )  # fmt: skip
     return y, s, mean, rstd
 
 
@@ -550,6 +557,11 @@ def add_parts_config(D: int) -> dict:
     return {"BLOCK_D": block_d, "BLOCK_P": 4096 // block_d, "num_warps": 8}
 
 
+@functools.lru_cache(MOST)
+def _add_parts_with(D: int) -> Bound:
+    return Bound(_add_parts_kernel, **add_parts_config(D))
+
+
 def sums_of_parts(
     parts: Sequence[Tensor | None], like: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -559,11 +571,9 @@ def sums_of_parts(
     if given:
         (part, out), (more_part, more_out) = given[0], given[1] if given[1:] else (None, None)
         P, D = part.shape
-        config = add_parts_config(D)
-        launch(
-            _add_parts_kernel, (cdiv(D, config["BLOCK_D"]), len(given)),
-            part, out, more_part, more_out, P, D, **config,
-        )  # fmt: skip
+        add = _add_parts_with(D)
+        grid = cdiv(D, add.constants["BLOCK_D"]), len(given)
+        add(grid, part, out, more_part, more_out, P, D)
     return sums
 
 
@@ -619,6 +629,22 @@ def strips_of(N: int, block_n: int, programs: int) -> tuple[int, int]:
     return cdiv(N, strip), strip
 
 
+@functools.lru_cache(MOST)
+def _norm_bwd_with(
+    D: int, dtype: torch.dtype, centred: bool, offset: float
+) -> tuple[Bound, int, int]:
+    """Give the kernel, of a wide row the one of dx, its rows a step, and its programs on a chip's
+    multiprocessor.
+    """
+    config = _bwd_config(D, dtype.itemsize, centred)
+    per_sm = config.pop("per_sm")
+    kernel = Bound(
+        _norm_bwd_kernel if "PIECES" in config else _norm_bwd_wide_dx_kernel,
+        OFFSET=offset, COMPUTE=triton_dtype(accumulator(dtype)), **config,
+    )  # fmt: skip
+    return kernel, config.get("BLOCK_N", 8), per_sm
+
+
 def norm_bwd(
     x: Tensor,
     weight: Tensor | None,
@@ -639,39 +665,34 @@ def norm_bwd(
         dweight, dbias = (None if t is None else dense_like(t).zero_() for t in like)
         return dx, dweight, dbias
 
-    x, dy, ds = as_rows(x), as_rows(dy), None if ds is None else as_rows(ds)
+    N, D = rstd.numel(), x.shape[-1]
+    x, x_stride_n = rows_of(x)
+    dy, dy_stride_n = rows_of(dy)
+    ds, ds_stride_n = (None, 0) if ds is None else rows_of(ds)
     weight, mean, rstd = unit_stride(weight), unit_stride(mean), unit_stride(rstd)
-    N, D = x.shape
-    config = _bwd_config(D, x.element_size(), mean is not None)
-    per_sm = config.pop("per_sm")
-    programs, strip = strips_of(N, config.get("BLOCK_N", 8), per_sm * sm_count(x.device))
-    parts = [None if t is None else x.new_empty((programs, D), dtype=rstd.dtype) for t in like]
+    kernel, block_n, per_sm = _norm_bwd_with(D, x.dtype, mean is not None, offset)
+    programs, strip = strips_of(N, block_n, per_sm * sm_count(x.device))
+    parts = [None if t is None else x.new_empty(programs, D, dtype=rstd.dtype) for t in like]
     dweight_part, dbias_part = parts
-    strides = x.stride(0), dy.stride(0), 0 if ds is None else ds.stride(0)
-    options = {"OFFSET": offset, "COMPUTE": triton_dtype(rstd.dtype), **config}
+    strides, held = (x_stride_n, dy_stride_n, ds_stride_n), "PIECES" in kernel.constants
 
     with_dx: tuple[Tensor | None, Tensor | None] = (dweight_part, dbias_part)
     apart: tuple[Tensor | None, Tensor | None] = (None, None)
-    if "PIECES" not in config:
+    if not held:
         with_dx, apart = apart, with_dx
     elif _dbias_is_apart(D, mean is not None):
         with_dx, apart = (dweight_part, None), (None, dbias_part)
 
-    if "PIECES" not in config and need_dx:
-        launch(
-            _norm_bwd_wide_dx_kernel, (N,),
-            x, weight, mean, rstd, dy, ds, dx, *strides, D, **options,
-        )  # fmt: skip
-    if "PIECES" in config and any(t is not None for t in (dx, *with_dx)):
-        launch(
-            _norm_bwd_kernel, (programs,),
-            x, weight, mean, rstd, dy, ds, dx, *with_dx, *strides, N, D, strip, **options,
-        )  # fmt: skip
+    if not held and need_dx:
+        kernel((N,), x, weight, mean, rstd, dy, ds, dx, *strides, D)
+    if held and any(t is not None for t in (dx, *with_dx)):
+        kernel((programs,), x, weight, mean, rstd, dy, ds, dx, *with_dx, *strides, N, D, strip)
     if any(t is not None for t in apart):
         launch(
             _norm_bwd_wide_dweight_kernel, (cdiv(D, 256), programs),
-            x, mean, rstd, dy, *apart, *strides[:2], N, D, strip,
-            COMPUTE=options["COMPUTE"], BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
+            x, mean, rstd, dy, *apart, x_stride_n, dy_stride_n, N, D, strip,
+            COMPUTE=kernel.constants["COMPUTE"],
+            BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
         )  # fmt: skip
     dweight, dbias = sums_of_parts(parts, like)
     return dx, dweight, dbias
