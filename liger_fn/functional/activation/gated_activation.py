@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger_fn.functional.activation.glu import check_glu, gating, glu_bwd, glu_fwd, halves
+from liger_fn.functional.activation.glu import Gating, check_glu, glu_bwd, glu_fwd, halves
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 
@@ -128,10 +128,10 @@ def unit_of(
     limit: float | None,
     limit_activated: bool,
     interleaved: bool,
-) -> dict:
-    """The constants of the kernels, of the options of the public op."""
+) -> Gating:
+    """The unit that the options of the public op mean."""
     kernel, slope = _KERNELS[activation]
-    return gating(
+    return Gating(
         kernel,
         alpha=slope * alpha,
         gate_scale=gate_scale,

@@ -11,11 +11,11 @@ traffic in bytes per element of a 2-byte y: 6 forward, 10 backward; gate and up 
 import torch
 from torch import Tensor
 
-from liger_fn.functional.activation.glu import check_glu, gating, glu_bwd, glu_fwd, halves
+from liger_fn.functional.activation.glu import Gating, check_glu, glu_bwd, glu_fwd, halves
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 
-_UNITS = {"tanh": gating("gelu_tanh"), "none": gating("gelu_erf")}
+_UNITS = {"tanh": Gating("gelu_tanh"), "none": Gating("gelu_erf")}
 
 
 def reference(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:

@@ -13,20 +13,22 @@ kept: the activation is computed again, for arithmetic is free beside the memory
 lie, and the backward pass writes one packed gradient.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from liger_fn.functional.core import check
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import MOST, Bound
 from liger_fn.functional.core.exponential import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
-    as_rows,
     cdiv,
     dense_like,
     has_work,
     next_power_of_2,
+    rows_of,
     tl,
     triton,
     triton_dtype,
@@ -214,28 +216,21 @@ def _glu_bwd_kernel(
             tl.store(dup_ptr + row * dx_stride_n + col, dup, mask=inside)
 
 
-def gating(
-    activation: str,
-    *,
-    alpha: float = 1.0,
-    gate_scale: float = 1.0,
-    scale: float = 1.0,
-    up_offset: float = 0.0,
-    limit: float | None = None,
-    limit_activated: bool = False,
-    interleaved: bool = False,
-) -> dict[str, Any]:
-    """The constants of the kernels: which unit they compute, and how gate and up are packed."""
-    return {
-        "ACTIVATION": activation,
-        "ALPHA": alpha,
-        "GATE_SCALE": gate_scale,
-        "SCALE": scale,
-        "UP_OFFSET": up_offset,
-        "LIMIT": limit,
-        "LIMIT_ACTIVATED": limit_activated,
-        "INTERLEAVED": interleaved,
-    }
+class Gating(NamedTuple):
+    """Which unit the kernels compute, and how gate and up are packed."""
+
+    activation: str
+    alpha: float = 1.0
+    gate_scale: float = 1.0
+    scale: float = 1.0
+    up_offset: float = 0.0
+    limit: float | None = None
+    limit_activated: bool = False
+    interleaved: bool = False
+
+    def constants(self) -> dict[str, Any]:
+        """The same as the kernels name it."""
+        return {name.upper(): value for name, value in self._asdict().items()}
 
 
 def _glu_config(F: int) -> dict:
@@ -247,38 +242,56 @@ def _glu_config(F: int) -> dict:
     return {"BLOCK_F": block_f, "BLOCK_N": 1024 // block_f, "num_warps": 4}
 
 
-def _grid(N: int, F: int, config: dict) -> tuple[int]:
-    return (cdiv(N, config["BLOCK_N"]) * cdiv(F, config["BLOCK_F"]),)
+def _grid(N: int, F: int, kernel: Bound) -> tuple[int]:
+    constants = kernel.constants
+    return (cdiv(N, constants["BLOCK_N"]) * cdiv(F, constants["BLOCK_F"]),)
 
 
-def glu_fwd(gate: Tensor, up: Tensor | None, unit: dict[str, Any]) -> tuple[Tensor]:
-    """Launch the forward pass of the unit that `gating` describes."""
+@functools.lru_cache(MOST)
+def _glu_fwd_with(F: int, dtype: torch.dtype, unit: Gating, packed: bool) -> Bound:
+    return Bound(
+        _glu_fwd_kernel,
+        PACKED=packed, **unit.constants(), COMPUTE=triton_dtype(accumulator(dtype)),
+        **_glu_config(F),
+    )  # fmt: skip
+
+
+def glu_fwd(gate: Tensor, up: Tensor | None, unit: Gating) -> tuple[Tensor]:
+    """Launch the forward pass of a unit."""
     packed = up is None
-    y = gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2)) if packed else dense_like(gate)
+    y = gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2) if packed else dense_like(gate)
 
     if has_work(y):
-        gate = as_rows(gate)
-        up = gate if packed else as_rows(up)
-        N, F = gate.shape[0], y.shape[-1]
-        config = _glu_config(F)
-        launch(
-            _glu_fwd_kernel, _grid(N, F, config),
-            gate, up, y, gate.stride(0), up.stride(0), N, F,
-            PACKED=packed, **unit,
-            COMPUTE=triton_dtype(accumulator(y.dtype)), **config,
-        )  # fmt: skip
+        F = y.shape[-1]
+        N = y.numel() // F
+        gate, gate_stride_n = rows_of(gate)
+        up, up_stride_n = (gate, gate_stride_n) if packed else rows_of(up)
+        kernel = _glu_fwd_with(F, y.dtype, unit, packed)
+        kernel(_grid(N, F, kernel), gate, up, y, gate_stride_n, up_stride_n, N, F)
     return (y,)
+
+
+@functools.lru_cache(MOST)
+def _glu_bwd_with(
+    F: int, dtype: torch.dtype, unit: Gating, packed: bool, need_dgate: bool, need_dup: bool
+) -> Bound:
+    return Bound(
+        _glu_bwd_kernel,
+        PACKED=packed, **unit.constants(),
+        NEED_DGATE=need_dgate, NEED_DUP=need_dgate if packed else need_dup,
+        COMPUTE=triton_dtype(accumulator(dtype)), **_glu_config(F),
+    )  # fmt: skip
 
 
 def glu_bwd(
     gate: Tensor,
     up: Tensor | None,
     dy: Tensor,
-    unit: dict[str, Any],
+    unit: Gating,
     need_dgate: bool,
     need_dup: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward pass of the unit that `gating` describes."""
+    """Launch the backward pass of a unit."""
     return glu_bwd_again(gate, up, dy, unit, need_dgate, need_dup, need_y=False)[:2]
 
 
@@ -286,7 +299,7 @@ def glu_bwd_again(
     gate: Tensor,
     up: Tensor | None,
     dy: Tensor,
-    unit: dict[str, Any],
+    unit: Gating,
     need_dgate: bool,
     need_dup: bool,
     need_y: bool,
@@ -298,17 +311,15 @@ def glu_bwd_again(
     y = dense_like(dy) if need_y else None
 
     if has_work(dy) and (need_dgate or need_dup or need_y):
-        gate, dy = as_rows(gate), as_rows(dy)
-        up = gate if packed else as_rows(up)
-        N, F = dy.shape
-        config = _glu_config(F)
-        launch(
-            _glu_bwd_kernel, _grid(N, F, config),
-            gate, up, dy, dgate, dgate if packed else dup, y,
-            gate.stride(0), up.stride(0), dy.stride(0), 2 * F if packed else F, N, F,
-            PACKED=packed, **unit,
-            NEED_DGATE=need_dgate, NEED_DUP=need_dgate if packed else need_dup,
-            COMPUTE=triton_dtype(accumulator(dy.dtype)), **config,
+        F = dy.shape[-1]
+        N = dy.numel() // F
+        gate, gate_stride_n = rows_of(gate)
+        up, up_stride_n = (gate, gate_stride_n) if packed else rows_of(up)
+        dy, dy_stride_n = rows_of(dy)
+        kernel = _glu_bwd_with(F, dy.dtype, unit, packed, need_dgate, need_dup)
+        kernel(
+            _grid(N, F, kernel), gate, up, dy, dgate, dgate if packed else dup, y,
+            gate_stride_n, up_stride_n, dy_stride_n, 2 * F if packed else F, N, F,
         )  # fmt: skip
     return dgate, dup, y
 

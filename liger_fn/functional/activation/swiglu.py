@@ -10,10 +10,10 @@ Memory traffic in bytes per element of a 2-byte y: 6 forward, 10 backward; gate 
 import torch
 from torch import Tensor
 
-from liger_fn.functional.activation.glu import check_glu, gating, glu_bwd, glu_fwd, halves
+from liger_fn.functional.activation.glu import Gating, check_glu, glu_bwd, glu_fwd, halves
 from liger_fn.functional.core.custom_vjp import custom_vjp
 
-_SILU = gating("silu")
+_SILU = Gating("silu")
 
 
 def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:

@@ -11,14 +11,13 @@ registers, writes `a` once more: 12 bytes per element of a 2-byte `a` in place o
 """
 
 import math
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
 from liger_fn.functional.activation import gated_activation
 from liger_fn.functional.activation.gated_activation import check_unit, unit_of
-from liger_fn.functional.activation.glu import check_glu, glu_bwd_again, glu_fwd
+from liger_fn.functional.activation.glu import Gating, check_glu, glu_bwd_again, glu_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import accumulator
@@ -75,7 +74,7 @@ def unit_and_layer_bwd(
     a: Tensor | None,
     weight: Tensor,
     dy: Tensor,
-    unit: dict[str, Any],
+    unit: Gating,
     need_dgate: bool,
     need_dup: bool,
     need_dweight: bool,

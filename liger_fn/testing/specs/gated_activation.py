@@ -4,7 +4,7 @@ import torch
 
 from liger_fn.functional import gated_activation
 from liger_fn.functional.activation import gated_activation as room
-from liger_fn.functional.activation.glu import ACTIVATIONS, gating, halves
+from liger_fn.functional.activation.glu import ACTIVATIONS, Gating, halves
 from liger_fn.testing.spec import BadCall, Benchmark, OpSpec
 from liger_fn.testing.specs import glu
 
@@ -93,9 +93,9 @@ SPEC = OpSpec(
             "`interleaved` must be False when `up` is given; got True."),
     ),
     kernels=lambda: glu.kernels(
-        *(gating(a, gate_scale=0.5) for a in ACTIVATIONS),
-        gating("silu", **GPT_OSS),
-        gating("silu", limit=16.0, limit_activated=True),
+        *(Gating(a, gate_scale=0.5) for a in ACTIVATIONS),
+        Gating("silu", **GPT_OSS),
+        Gating("silu", limit=16.0, limit_activated=True),
     ),
     benchmarks=(_benchmark(8192, 2880), _benchmark(8192, 14336)),
     huge=glu.huge(limit=7.0),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from liger_fn.functional import geglu
 from liger_fn.functional.activation import geglu as room
-from liger_fn.functional.activation.glu import gating
+from liger_fn.functional.activation.glu import Gating
 from liger_fn.testing.spec import BadCall, OpSpec
 from liger_fn.testing.specs import glu
 
@@ -39,7 +39,7 @@ SPEC = OpSpec(
             "geglu: `approximate` must be one of 'tanh', 'none'; got 'erf'.",
         ),
     ),
-    kernels=lambda: glu.kernels(gating("gelu_tanh"), gating("gelu_erf")),
+    kernels=lambda: glu.kernels(Gating("gelu_tanh"), Gating("gelu_erf")),
     benchmarks=glu.benchmarks(),
     launches=glu.launches(),
     huge=glu.huge(),

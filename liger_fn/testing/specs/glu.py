@@ -120,8 +120,8 @@ def errors(op: str) -> tuple[BadCall, ...]:
     )
 
 
-def kernels(*units: dict) -> list[Compilation]:
-    """Both passes of units that `glu.gating` describes: narrow and packed, and wide."""
+def kernels(*units: glu.Gating) -> list[Compilation]:
+    """Both passes of units: narrow and packed, and wide."""
     return [
         compilation(unit, F, passed) for unit in units for F in (96, 14336) for passed in PASSES
     ]
@@ -133,15 +133,16 @@ PASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def compilation(unit: dict, F: int, passed: str) -> Compilation:
+def compilation(unit: glu.Gating, F: int, passed: str) -> Compilation:
     kernel, needs = PASSES[passed]
-    packed = F == 96 or unit["INTERLEAVED"]
-    constants = {**unit, "PACKED": packed, "COMPUTE": tl.float32, **needs, **glu._glu_config(F)}
+    packed = F == 96 or unit.interleaved
+    compute = {"PACKED": packed, "COMPUTE": tl.float32}
+    constants = unit.constants() | compute | needs | glu._glu_config(F)
     warps = constants.pop("num_warps")
     runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
     signature = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in runtime}
-    turns = "-interleaved" if unit["INTERLEAVED"] else ""
-    name = f"{passed}-{unit['ACTIVATION']}{turns}-{F}"
+    turns = "-interleaved" if unit.interleaved else ""
+    name = f"{passed}-{unit.activation}{turns}-{F}"
     return Compilation(name, kernel, signature, constants, warps)
 
 

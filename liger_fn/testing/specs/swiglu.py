@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from liger_fn.functional import swiglu
 from liger_fn.functional.activation import swiglu as room
-from liger_fn.functional.activation.glu import gating
+from liger_fn.functional.activation.glu import Gating
 from liger_fn.testing.spec import OpSpec
 from liger_fn.testing.specs import glu
 
@@ -21,7 +21,7 @@ SPEC = OpSpec(
     ),
     sizes=glu.sizes(),
     errors=glu.errors("swiglu"),
-    kernels=lambda: glu.kernels(gating("silu")),
+    kernels=lambda: glu.kernels(Gating("silu")),
     benchmarks=glu.benchmarks(),
     launches=glu.launches(),
     huge=glu.huge(),
