@@ -28,11 +28,12 @@ from liger_fn.functional.core.direct import MOST, Bound
 from liger_fn.functional.core.exponential import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
-    as_rows,
     cdiv,
     dense_like,
     has_work,
     next_power_of_2,
+    per_row,
+    rows_of,
     shared_memory,
     sm_count,
     tl,
@@ -284,15 +285,15 @@ def _held(D: int, most: int, room: int) -> int:
     return held if held >= 16384 else 0
 
 
-def _room_for_pairs(*rows: Tensor) -> int:
+def _room_for_pairs(D: int, *rows: tuple[Tensor, int]) -> int:
     """Say how many bytes of shared memory hold rows in words of two elements; 0 if they cannot, or
     if Triton, which asks whether sizes are multiples of 16, would copy word by word.
     """
-    for x in rows:
-        if x.element_size() != 2 or (x.shape[1] | x.stride(0)) % 16 or x.data_ptr() % 16:
+    for x, stride_n in rows:
+        if x.element_size() != 2 or (D | stride_n) % 16 or x.data_ptr() % 16:
             return 0
     # What is left is for sums over the warps.
-    return shared_memory(rows[0].device) - 1024
+    return shared_memory(rows[0][0].device) - 1024
 
 
 def _kernel_for(D: int, tile: Any, wide: Any, config: dict, **constants: Any) -> Bound:
@@ -341,17 +342,17 @@ def _forward(
     x: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = dense_like(x)
-    top = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+    top = per_row(x, accumulator(x.dtype))
     total = torch.empty_like(top)
 
     if has_work(y):
-        x = as_rows(x)
-        N, D = x.shape
+        N, D = top.numel(), x.shape[-1]
+        x, x_stride_n = rows_of(x)
         mask, (H, T), mask_strides = _rows_of_mask(mask)
         plain = mask is None and not causal and scale > 0.0
-        room = _room_for_pairs(x) if plain and D > _WIDEST_TILE else 0
+        room = _room_for_pairs(D, (x, x_stride_n)) if plain and D > _WIDEST_TILE else 0
         kernel = _softmax_fwd_with(D, scale, mask is not None, causal, x.dtype, room)
-        args = x, mask, y, top, total, x.stride(0), *mask_strides, H, T, D
+        args = x, mask, y, top, total, x_stride_n, *mask_strides, H, T, D
         _launch(kernel, N, x.device, _MOST_FORWARD, *args)
     return y, top, total
 
@@ -533,12 +534,14 @@ def _backward(
     dx = dense_like(x)
 
     if has_work(dx):
-        x, dy, top, total = as_rows(x), as_rows(dy), unit_stride(top), unit_stride(total)
-        N, D = x.shape
+        N, D = top.numel(), x.shape[-1]
+        (x, x_stride_n), (dy, dy_stride_n) = rows_of(x), rows_of(dy)
+        top, total = unit_stride(top), unit_stride(total)
         mask, (H, T), mask_strides = _rows_of_mask(mask)
-        strides = x.stride(0), *mask_strides, dy.stride(0)
+        strides = x_stride_n, *mask_strides, dy_stride_n
         plain = mask is None and not causal and scale > 0.0
-        room = _room_for_pairs(x, dy) if plain and D > _WIDEST_TILE else 0
+        rows = (x, x_stride_n), (dy, dy_stride_n)
+        room = _room_for_pairs(D, *rows) if plain and D > _WIDEST_TILE else 0
         kernel = _softmax_bwd_with(D, scale, mask is not None, causal, x.dtype, room)
         args = x, mask, top, total, dy, dx, *strides, H, T, D
         _launch(kernel, N, x.device, _MOST_BACKWARD, *args)

@@ -17,6 +17,7 @@ its own upstream gradient and rows may live on different devices. One kernel ser
 backward and, for losses that hold the logits themselves, both at once, over the logits.
 """
 
+import functools
 import math
 
 import torch
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import MOST, Bound
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
+    dense_like,
     has_work,
     next_power_of_2,
+    per_row,
     tl,
     triton,
     triton_dtype,
@@ -278,6 +281,32 @@ def _cross_entropy_config(V: int, reads_twice: bool, heavy: bool) -> dict:
 _SLAB = 16384
 
 
+@functools.lru_cache(MOST)
+def _cross_entropy_with(
+    V: int,
+    compute: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    has_class_weight: bool,
+    has_dloss: bool,
+    need_loss: bool,
+    need_dlogits: bool,
+    padded: bool,
+    unit: float,
+) -> Bound:
+    heavy = softcap is not None or label_smoothing != 0.0 or compute is torch.float64
+    return Bound(
+        _cross_entropy_kernel,
+        SMOOTHING=label_smoothing, Z_LOSS=z_loss, CAP=softcap, SCALE=logit_scale,
+        HAS_CLASS_WEIGHT=has_class_weight, HAS_DLOSS=has_dloss,
+        NEED_LOSS=need_loss, NEED_DLOGITS=need_dlogits, PADDED=padded,
+        UNIT=unit, LOWEST=torch.finfo(compute).min, COMPUTE=triton_dtype(compute),
+        **_cross_entropy_config(V, need_loss and need_dlogits, heavy),
+    )  # fmt: skip
+
+
 def launch_rows(
     logits: Tensor,
     target: Tensor,
@@ -304,29 +333,45 @@ def launch_rows(
     written too: with a width of whole vectors a vocabulary of any size moves at full speed.
     """
     V = logits.shape[-1]
-    logits = logits[None] if logits.dim() == 1 else logits
-    logits = logits.reshape(-1, *logits.shape[-2:])
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    target, class_weight = target.reshape(-1), unit_stride(class_weight)
-    target, dloss = unit_stride(target), None if dloss is None else dloss.reshape(-1)
+    logits, strides, T = _rows_in_two_dimensions(logits)
+    target, class_weight = unit_stride(target), unit_stride(class_weight)
+    dloss, dloss_stride_n = (None, 0) if dloss is None else _in_one_dimension(dloss)
     smooth_weights = class_weight is not None and label_smoothing != 0.0
     total_weight = class_weight.sum(dtype=lse.dtype) if smooth_weights else None
 
-    heavy = softcap is not None or label_smoothing != 0.0 or lse.dtype is torch.float64
     width = V if width is None else width
     slab = width if dlogits is None or loss is not None else _SLAB
-    launch(
-        _cross_entropy_kernel, (target.numel(), cdiv(width, slab)),
-        logits, target, class_weight, total_weight, loss, lse, dloss, dlogits,
-        logits.stride(0), logits.stride(1),
-        0 if dlogits is None or dlogits.dim() < 2 else dlogits.stride(-2),
-        0 if dloss is None else dloss.stride(0), logits.shape[1], V, width, slab, ignore_index,
-        SMOOTHING=label_smoothing, Z_LOSS=z_loss, CAP=softcap, SCALE=logit_scale,
-        HAS_CLASS_WEIGHT=class_weight is not None, HAS_DLOSS=dloss is not None,
-        NEED_LOSS=loss is not None, NEED_DLOGITS=dlogits is not None, PADDED=width != V,
-        UNIT=unit, LOWEST=torch.finfo(lse.dtype).min, COMPUTE=triton_dtype(lse.dtype),
-        **_cross_entropy_config(V, loss is not None and dlogits is not None, heavy),
+    kernel = _cross_entropy_with(
+        V, lse.dtype, label_smoothing, z_loss, softcap, logit_scale, class_weight is not None,
+        dloss is not None, loss is not None, dlogits is not None, width != V, unit,
     )  # fmt: skip
+    kernel(
+        (target.numel(), cdiv(width, slab)),
+        logits, target, class_weight, total_weight, loss, lse, dloss, dlogits, *strides,
+        0 if dlogits is None or dlogits.dim() < 2 else dlogits.stride(-2),
+        dloss_stride_n, T, V, width, slab, ignore_index,
+    )  # fmt: skip
+
+
+def _rows_in_two_dimensions(logits: Tensor) -> tuple[Tensor, tuple[int, int], int]:
+    """Give logits (..., V) with unit stride, how far apart rows are, and how many are inner ones.
+
+    Dense ones need no view: all their rows are equally far apart.
+    """
+    if logits.is_contiguous():
+        return logits, (logits.shape[-1], 0), 1
+    logits = logits[None] if logits.dim() == 1 else logits
+    logits = logits.reshape(-1, *logits.shape[-2:])
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    return logits, logits.stride()[:2], logits.shape[1]
+
+
+def _in_one_dimension(dloss: Tensor) -> tuple[Tensor, int]:
+    """Give a number for each row, and how far apart they are: 0 if all are one."""
+    if dloss.is_contiguous():
+        return dloss, 1
+    dloss = dloss.reshape(-1)
+    return dloss, dloss.stride(0)
 
 
 def cross_entropy_fwd(
@@ -339,7 +384,7 @@ def cross_entropy_fwd(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(target.shape, dtype=accumulator(logits.dtype))
+    loss = per_row(logits, accumulator(logits.dtype))
     lse = torch.empty_like(loss)
 
     if has_work(loss):
@@ -362,7 +407,7 @@ def cross_entropy_bwd(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor]:
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = dense_like(logits)
 
     if has_work(dlogits):
         launch_rows(

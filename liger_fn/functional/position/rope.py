@@ -246,7 +246,8 @@ def _in_order_of(x: Tensor) -> Tensor:
     and goes on without a copy.
     """
     if _swapped(x):
-        return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+        B, H, T, C = x.shape
+        return x.new_empty_strided((B, H, T, C), (T * H * C, C, H * C, 1))
     return dense_like(x)
 
 
