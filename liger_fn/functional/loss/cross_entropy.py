@@ -363,7 +363,7 @@ def _rows_in_two_dimensions(logits: Tensor) -> tuple[Tensor, tuple[int, int], in
     logits = logits[None] if logits.dim() == 1 else logits
     logits = logits.reshape(-1, *logits.shape[-2:])
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return logits, logits.stride()[:2], logits.shape[1]
+    return logits, (logits.stride(0), logits.stride(1)), logits.shape[1]
 
 
 def _in_one_dimension(dloss: Tensor) -> tuple[Tensor, int]:
