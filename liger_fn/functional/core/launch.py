@@ -98,24 +98,20 @@ def cdiv(a: int, b: int) -> int:
 
 
 @functools.cache
-def _sm_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def sm_count(device: torch.device) -> int:
     """The chip's multiprocessors; a few for the interpreter, so that sums have several parts."""
-    return _sm_count(device.index or 0) if device.type == "cuda" else 4
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device.index or 0).multi_processor_count
 
 
 @functools.cache
-def _shared_memory(index: int) -> int:
-    properties = torch.cuda.get_device_properties(index)
-    return getattr(properties, "shared_memory_per_block_optin", 65536)
-
-
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; any number for the interpreter."""
-    return _shared_memory(device.index or 0) if device.type == "cuda" else 1 << 18
+    if device.type != "cuda":
+        return 1 << 18
+    properties = torch.cuda.get_device_properties(device.index or 0)
+    return getattr(properties, "shared_memory_per_block_optin", 65536)
 
 
 Launcher = Callable[..., tuple]
