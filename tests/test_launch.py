@@ -77,6 +77,35 @@ def test_as_rows_of_a_single_column():
     assert launch.as_rows(column).data_ptr() == column.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("x", "stride"),
+    [
+        (torch.randn(4, 8), 8),
+        (torch.randn(2, 3, 8), 8),
+        (torch.randn(8), 8),
+        (torch.randn(4, 16)[:1, :8], 8),
+        (torch.randn(4, 16)[:, :8], 16),
+        (torch.randn(1, 8).expand(4, 8), 0),
+        (torch.randn(8, 4).t(), 8),
+        (torch.randn(3, 2, 8).transpose(0, 1), 8),
+    ],
+    ids=["dense", "3d", "1d", "one", "wide", "expanded", "columns", "swapped"],
+)
+def test_rows_of_are_where_a_kernel_looks_for_them(x, stride):
+    rows, distance = launch.rows_of(x)
+    assert distance == stride
+    assert rows is x or not x.is_contiguous()
+    N, D = x.numel() // x.shape[-1], x.shape[-1]
+    assert torch.equal(rows.as_strided((N, D), (distance, 1)), x.reshape(N, D))
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+def test_per_row_has_the_shape_of_the_rows(shape):
+    made = launch.per_row(torch.empty(shape, dtype=torch.bfloat16), torch.float32)
+    assert (made.shape, made.dtype) == (shape[:-1], torch.float32)
+    assert made.is_contiguous()
+
+
 def test_unit_stride():
     dense, sparse = torch.randn(8), torch.randn(16)[::2]
     assert launch.unit_stride(None) is None
