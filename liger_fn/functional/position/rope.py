@@ -245,15 +245,12 @@ def _in_order_of(x: Tensor) -> Tensor:
     Where q is a transposed view of a projection, its gradient is then a view of the projection's,
     and goes on without a copy.
     """
-    if _swapped(x):
-        B, H, T, C = x.shape
-        return x.new_empty_strided((B, H, T, C), (T * H * C, C, H * C, 1))
+    if x.dim() == 4:
+        (B, H, T, C), strides = x.shape, x.stride()
+        # Is the second dimension inside the third?
+        if H > 1 and T > 1 and strides[2] > strides[1]:
+            return x.new_empty_strided((B, H, T, C), (T * H * C, C, H * C, 1))
     return dense_like(x)
-
-
-def _swapped(x: Tensor) -> bool:
-    """Say whether the second of four dimensions is inside the third in memory."""
-    return x.dim() == 4 and x.shape[1] > 1 and x.shape[2] > 1 and x.stride(2) > x.stride(1)
 
 
 def _turn(
@@ -316,7 +313,8 @@ def _launch(
 
 def _heads_first(out: Tensor, head: int, token: int) -> bool:
     """Say whether the heads of a dense tensor are outside its tokens in memory."""
-    return out.stride(head) >= out.stride(token)
+    strides = out.stride()
+    return strides[head] >= strides[token]
 
 
 def rope_fwd(
