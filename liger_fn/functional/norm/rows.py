@@ -329,7 +329,7 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
 
 @functools.lru_cache(MOST)
 def _norm_fwd_with(
-    D: int, dtype: torch.dtype, centred: bool, eps: float, offset: float, cast: bool
+    D: int, dtype: torch.dtype, centred: bool, eps: float, offset: float | None, cast: bool
 ) -> Bound:
     config = _fwd_config(D, dtype.itemsize, centred)
     return Bound(
@@ -631,7 +631,7 @@ def strips_of(N: int, block_n: int, programs: int) -> tuple[int, int]:
 
 @functools.lru_cache(MOST)
 def _norm_bwd_with(
-    D: int, dtype: torch.dtype, centred: bool, offset: float
+    D: int, dtype: torch.dtype, centred: bool, offset: float | None
 ) -> tuple[Bound, int, int]:
     """Give the kernel, of a wide row the one of dx, its rows a step, and its programs on a chip's
     multiprocessor.
