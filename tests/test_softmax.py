@@ -108,10 +108,15 @@ def test_what_is_held_is_most_of_a_row_and_fits():
 
 
 def test_rows_are_held_if_they_are_loaded_by_sixteen_bytes(device):
+    def given(*rows):
+        return room._room_for_pairs(rows[-1].shape[1], *((x, x.stride(0)) for x in rows))
+
     x = torch.zeros(4, 64, device=device, dtype=torch.bfloat16)
-    assert room._room_for_pairs(x, x[:, 8:56]) > 0
-    for other in (x.float(), x[:, 4:52], x[:, :56], torch.zeros(4, 72, dtype=x.dtype)[:, :64]):
-        assert room._room_for_pairs(x, other) == 0
+    wider = torch.zeros(4, 72, device=device, dtype=torch.bfloat16)[:, :64]
+    assert given(x, x) > 0
+    assert given(x, x[:, 8:56]) > 0
+    for other in (x.float(), x[:, 4:52], x[:, :56], wider):
+        assert given(x, other) == 0
 
 
 @pytest.mark.usefixtures("pass_over_the_row")
