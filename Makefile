@@ -12,7 +12,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: lint  ## check style and types, then run the tests (CPU: through Triton's interpreter)
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n logical
 
 lint: venv  ## check style and the types of the public surface
 	$(RUN) -m ruff check
