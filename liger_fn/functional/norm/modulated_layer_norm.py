@@ -1,6 +1,9 @@
-"""LayerNorm with a scale and a shift for each sample (adaLN). Kernels: modulated.py.
+"""LayerNorm with a scale and a shift for each sample (adaLN). Kernels: rows.py.
 
-    x̂ = (x − mean(x)) / √(var(x) + ε)            y = x̂ · (1 + scale_b) + shift_b
+    x̂ = (x − mean(x)) · rstd      rstd = 1 / √(var(x) + ε)    y = x̂ · (1 + scale_b) + shift_b
+
+    g  = dy · (1 + scale_b)                                   dscale_b = Σ_tokens dy · x̂
+    dx = rstd · (g − mean(g) − x̂ · mean(g · x̂))               dshift_b = Σ_tokens dy
 
 Memory traffic in bytes per element of a 2-byte x: 4 forward (read x, write y), 6 backward (read x
 and dy, write dx); the mean and `rstd`, 8 bytes a row, are kept.
@@ -14,12 +17,10 @@ from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.norm.modulated import (
     by_sample,
     check_modulation,
-    modulated_bwd,
-    modulated_fwd,
     reference_samples,
     samples_of,
 )
-from liger_fn.functional.norm.rows import check_norm
+from liger_fn.functional.norm.rows import check_norm, norm_bwd, norm_fwd
 
 
 def reference(
@@ -43,7 +44,8 @@ def _modulated(
 def modulated_layer_norm_fwd(
     x: Tensor, scale: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return modulated_fwd(x, scale, shift, 1.0, eps, centred=True)
+    y, _, mean, rstd = norm_fwd(x, None, scale, shift, eps, 1.0, cast=False, centred=True)
+    return y, mean, rstd
 
 
 def modulated_layer_norm_bwd(
@@ -58,7 +60,7 @@ def modulated_layer_norm_bwd(
     need_dscale: bool,
     need_dshift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return modulated_bwd(x, scale, shift, mean, rstd, dy, 1.0, need_dx, need_dscale, need_dshift)
+    return norm_bwd(x, scale, shift, mean, rstd, dy, None, 1.0, need_dx, need_dscale, need_dshift)
 
 
 _modulated_layer_norm = custom_vjp(

@@ -1,6 +1,9 @@
-"""RMSNorm with a scale and a shift for each sample (adaptive norm). Kernels: modulated.py.
+"""RMSNorm with a scale and a shift for each sample (adaptive norm). Kernels: rows.py.
 
-    x̂ = x / √(mean(x²) + ε)                      y = x̂ · weight · (1 + scale_b) + shift_b
+    x̂ = x · rstd      rstd = 1 / √(mean(x²) + ε)      y = x̂ · weight · (1 + scale_b) + shift_b
+
+    g  = dy · weight · (1 + scale_b)                  dscale_b = Σ_tokens dy · x̂ · weight
+    dx = rstd · (g − x̂ · mean(g · x̂))                 dshift_b = Σ_tokens dy
 
 Memory traffic in bytes per element of a 2-byte x: 4 forward (read x, write y), 6 backward (read x
 and dy, write dx); `rstd`, 4 bytes a row, is kept. A weight is multiplied into the scales, which are
@@ -16,12 +19,10 @@ from liger_fn.functional.core.launch import accumulator
 from liger_fn.functional.norm.modulated import (
     by_sample,
     check_modulation,
-    modulated_bwd,
-    modulated_fwd,
     reference_samples,
     samples_of,
 )
-from liger_fn.functional.norm.rows import check_norm
+from liger_fn.functional.norm.rows import check_norm, norm_bwd, norm_fwd
 
 
 def reference(
@@ -60,7 +61,7 @@ def _modulated(
 def modulated_rms_norm_fwd(
     x: Tensor, scale: Tensor, shift: Tensor | None, offset: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    y, _, rstd = modulated_fwd(x, scale, shift, offset, eps, centred=False)
+    y, _, _, rstd = norm_fwd(x, None, scale, shift, eps, offset, cast=False, centred=False)
     return y, rstd
 
 
@@ -76,7 +77,9 @@ def modulated_rms_norm_bwd(
     need_dscale: bool,
     need_dshift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return modulated_bwd(x, scale, shift, None, rstd, dy, offset, need_dx, need_dscale, need_dshift)
+    return norm_bwd(
+        x, scale, shift, None, rstd, dy, None, offset, need_dx, need_dscale, need_dshift
+    )
 
 
 _modulated_rms_norm = custom_vjp(

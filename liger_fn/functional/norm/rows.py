@@ -10,6 +10,9 @@
 A pointer that is None leaves its term out: `residual` and `s` the sum, `mean` the centring, `ds`
 the cotangent of s, `dx`, `dweight` and `dbias` a gradient that nobody wants.
 
+Weight and bias are those of all rows, or each sample of T rows has its own, as in modulated norms.
+T is None where all rows share them, which leaves out what finds the sample of a row.
+
 A row is read once and stays in registers, as PIECES blocks of BLOCK_D columns: a power of two alone
 would leave up to half of the lanes empty. The backward pass is one persistent launch, each program
 walking a strip of rows with its share of dweight and dbias in registers while the next rows are on
@@ -63,24 +66,36 @@ def load_rows(
 
 
 @triton.jit
-def load_row_features(ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
-    """Load what all rows share, as PIECES blocks."""
+def load_row_features(
+    ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr, sample=None
+):  # fmt: skip
+    """Load what all rows share, or those of each sample, as PIECES blocks."""
     blocks = no_blocks()
     if ptr is not None:
         for i in tl.static_range(PIECES):
             col = i * BLOCK_D + tl.arange(0, BLOCK_D)
-            blocks += (_load_row_block(ptr, col, D, BLOCK_N),)
+            blocks += (_load_row_block(ptr, col, D, BLOCK_N, sample),)
     return blocks
 
 
 @triton.jit
-def _load_row_block(ptr, col, D, BLOCK_N: tl.constexpr):
+def _load_row_block(ptr, col, D, BLOCK_N: tl.constexpr, sample=None):
     """Load a block of it, once for each row: each thread gets what it needs by itself."""
     block = None
     if ptr is not None:
+        if sample is not None:
+            ptr += sample[:, None] * D
         col = tl.zeros((BLOCK_N, 1), tl.int32) + col[None, :]
         block = tl.load(ptr + col, mask=col < D, other=0.0)
     return block
+
+
+@triton.jit
+def _of_sample(ptr, sample, D):
+    """Point to what a sample has of it."""
+    if ptr is not None:
+        ptr += sample * D
+    return ptr
 
 
 @triton.jit
@@ -153,10 +168,10 @@ def affine(xhat, weight, bias, OFFSET: tl.constexpr, DTYPE: tl.constexpr, CAST: 
     return xhat
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "T"])
 def _norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr,
-    x_stride_n, residual_stride_n, N, D,
+    x_stride_n, residual_stride_n, N, D, T,
     EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -168,10 +183,14 @@ def _norm_fwd_kernel(
         residual = load_rows(
             residual_ptr, residual_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES
         )
-    if mean_ptr is None:
-        # Asked for before the reduction, they arrive meanwhile.
-        weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
-        bias = load_row_features(bias_ptr, D, BLOCK_N, BLOCK_D, PIECES)
+    sample = None
+    if T is not None:
+        # In 32 bits, if all rows have such numbers: a division of 64 takes several times as long.
+        sample = (tl.minimum(row, N - 1).to(N.dtype) // T).to(tl.int64)
+    EARLY: tl.constexpr = mean_ptr is None and bias_ptr is None
+    if EARLY:
+        # Asked for before the reduction, it arrives meanwhile.
+        weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES, sample)
 
     if residual_ptr is not None:
         s = no_blocks()
@@ -201,13 +220,14 @@ def _norm_fwd_kernel(
         xhat = x[i] * rstd[:, None]
         if mean_ptr is not None:
             xhat -= (left * rstd)[:, None]
-            # Asked for now: beside a row that is held in float32 through two reductions, they would
-            # take the registers of every second program.
-            weight_i = _load_row_block(weight_ptr, col, D, BLOCK_N)
-            bias_i = _load_row_block(bias_ptr, col, D, BLOCK_N)
-        else:
+        if EARLY:
             weight_i = weight[i] if weight_ptr is not None else None
-            bias_i = bias[i] if bias_ptr is not None else None
+            bias_i = None
+        else:
+            # Asked for now: beside a row that is held in float32 through the reductions, they would
+            # take the registers of every second program.
+            weight_i = _load_row_block(weight_ptr, col, D, BLOCK_N, sample)
+            bias_i = _load_row_block(bias_ptr, col, D, BLOCK_N, sample)
         y = affine(xhat, weight_i, bias_i, OFFSET, DTYPE, CAST)
         tl.store(y_ptr + row[:, None] * D + col[None, :], y, mask=inside)
 
@@ -222,10 +242,10 @@ def _load_sum(x_ptr, residual_ptr, col, D, DTYPE: tl.constexpr, COMPUTE: tl.cons
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _norm_fwd_wide_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr,
-    x_stride_n, residual_stride_n, D,
+    x_stride_n, residual_stride_n, D, T,
     EPS: tl.constexpr, OFFSET: tl.constexpr, CAST: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -234,6 +254,9 @@ def _norm_fwd_wide_kernel(
     x_ptr += row * x_stride_n
     if residual_ptr is not None:
         residual_ptr += row * residual_stride_n
+    if T is not None:
+        weight_ptr = _of_sample(weight_ptr, row // T, D)
+        bias_ptr = _of_sample(bias_ptr, row // T, D)
 
     mean, left = tl.zeros((1,), COMPUTE), tl.zeros((1,), COMPUTE)
     if mean_ptr is not None:
@@ -299,13 +322,13 @@ def rows_config(D: int, itemsize: int, widest: int) -> dict:
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
 
 
-def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
+def _fwd_config(D: int, itemsize: int, shifted: bool) -> dict:
     """About 8 KiB a program: each thread of four warps has four 16-byte loads in flight.
 
-    The widest row that stays in registers has 32 numbers a thread of a full program. A wide centred
-    one is in blocks of 4096: no block's weight and bias are asked for before the last block is
-    stored, so that 64 registers a thread are enough, and a multiprocessor takes two programs of 16
-    warps.
+    The widest row that stays in registers has 32 numbers a thread of a full program. A wide one
+    that is centred or gets a bias is in blocks of 4096: no block's weight and bias are asked for
+    before the last block is stored, so that 64 registers a thread are enough, and a multiprocessor
+    takes two programs of 16 warps.
 
     Of rows of 128 there are 16 to a program, which has little to do: with 32, and the weight once
     for each, a thread takes more than 64 registers, and a multiprocessor seven programs at a time
@@ -317,7 +340,7 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
         return {"BLOCK_D": 8192, "num_warps": 16}
     exact = D & -D
     block_d, pieces = (exact, D // exact) if exact >= 512 and 7 * exact >= D else cover(D)
-    if centred and D > 8192:
+    if shifted and D > 8192:
         block_d = min(block_d, 4096)
         pieces = cdiv(D, block_d)
     width = block_d * pieces
@@ -329,13 +352,20 @@ def _fwd_config(D: int, itemsize: int, centred: bool) -> dict:
 
 @functools.lru_cache(MOST)
 def _norm_fwd_with(
-    D: int, dtype: torch.dtype, centred: bool, eps: float, offset: float | None, cast: bool
+    D: int, dtype: torch.dtype, shifted: bool, eps: float, offset: float | None, cast: bool
 ) -> Bound:
-    config = _fwd_config(D, dtype.itemsize, centred)
+    config = _fwd_config(D, dtype.itemsize, shifted)
     return Bound(
         _norm_fwd_kernel if "PIECES" in config else _norm_fwd_wide_kernel,
         EPS=eps, OFFSET=offset, CAST=cast, COMPUTE=triton_dtype(accumulator(dtype)), **config,
     )  # fmt: skip
+
+
+def _rows_of_a_sample(N: int, D: int, weight: Tensor | None) -> int | None:
+    """How many of N rows share a weight (..., D); None: all."""
+    if weight is None or weight.dim() == 1 or weight.numel() == D:
+        return None
+    return N * D // weight.numel()
 
 
 def norm_fwd(
@@ -348,7 +378,10 @@ def norm_fwd(
     cast: bool,
     centred: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Give y, s if there is a residual, the mean if rows are centred, and rstd."""
+    """Give y, s if there is a residual, the mean if rows are centred, and rstd.
+
+    Weight and bias are (D,), or (..., D) with a row for each sample of equally many rows of x.
+    """
     y = dense_like(x)
     s = None if residual is None else dense_like(x)
     rstd = per_row(x, accumulator(x.dtype))
@@ -359,10 +392,11 @@ def norm_fwd(
         x, x_stride_n = rows_of(x)
         residual, residual_stride_n = (None, 0) if residual is None else rows_of(residual)
         weight, bias = unit_stride(weight), unit_stride(bias)
-        kernel = _norm_fwd_with(D, x.dtype, centred, eps, offset, cast)
+        T = _rows_of_a_sample(N, D, weight)
+        kernel = _norm_fwd_with(D, x.dtype, centred or bias is not None, eps, offset, cast)
         block_n = kernel.constants.get("BLOCK_N")
         # A program of a wide row need not know N.
-        grid, sizes = ((cdiv(N, block_n),), (N, D)) if block_n else ((N,), (D,))
+        grid, sizes = ((cdiv(N, block_n),), (N, D, T)) if block_n else ((N,), (D, T))
         kernel(
             grid, x, residual, weight, bias, y, s, mean, rstd,
             x_stride_n, residual_stride_n, *sizes,
@@ -370,15 +404,33 @@ def norm_fwd(
     return y, s, mean, rstd
 
 
-@triton.jit(do_not_specialize=["N", "strip"])
+@triton.jit
+def _strip_of(program, N, T):
+    """Give a program's sample, where the rows of that begin and end, and the number of its strip.
+
+    The first strips of all samples come first: their shares, one after the other, are a row of the
+    sums of all samples.
+    """
+    sample, begin, end, nth = 0, 0, N, program
+    if T is not None:
+        samples = N // T
+        sample, nth = program % samples, program // samples
+        begin, end = sample * T, (sample + 1) * T
+    return sample, begin, end, nth
+
+
+@triton.jit(do_not_specialize=["N", "strip", "T"])
 def _norm_bwd_kernel(
     x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_ptr, ds_ptr, dx_ptr, dweight_part_ptr, dbias_part_ptr,
-    x_stride_n, dy_stride_n, ds_stride_n, N, D, strip,
+    x_stride_n, dy_stride_n, ds_stride_n, N, D, strip, T,
     OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
     STAGES: tl.constexpr, HOLD_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    sample, begin, end, nth = _strip_of(program, N, T)
+    if T is not None:
+        weight_ptr = _of_sample(weight_ptr, sample, D)
     if HOLD_WEIGHT:
         weight = load_row_features(weight_ptr, D, BLOCK_N, BLOCK_D, PIECES)
     # What no pointer asks for, the compiler leaves out.
@@ -389,8 +441,8 @@ def _norm_bwd_kernel(
 
     for step in tl.range(0, strip, BLOCK_N, num_stages=STAGES):
         at = step + tl.arange(0, BLOCK_N)
-        row = program * strip + at
-        in_n = (row < N) & (at < strip)
+        row = begin + nth * strip + at
+        in_n = (row < end) & (at < strip)
         x = load_rows(x_ptr, x_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
         dy = load_rows(dy_ptr, dy_stride_n, row, in_n, D, COMPUTE, BLOCK_D, PIECES)
         rstd = tl.load(rstd_ptr + row, mask=in_n, other=0.0)
@@ -457,15 +509,17 @@ def _load_xhat_g(
     return (x - mean) * rstd, g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _norm_bwd_wide_dx_kernel(
     x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_ptr, ds_ptr, dx_ptr,
-    x_stride_n, dy_stride_n, ds_stride_n, D,
+    x_stride_n, dy_stride_n, ds_stride_n, D, T,
     OFFSET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride_n
     dy_ptr += row * dy_stride_n
+    if T is not None:
+        weight_ptr = _of_sample(weight_ptr, row // T, D)
     rstd = tl.load(rstd_ptr + row)
     mean = tl.zeros((1,), COMPUTE)
     if mean_ptr is not None:
@@ -491,21 +545,23 @@ def _norm_bwd_wide_dx_kernel(
         tl.store(dx_ptr + row * D + col, dx, mask=col < D)
 
 
-@triton.jit(do_not_specialize=["N", "strip"])
+@triton.jit(do_not_specialize=["N", "strip", "T"])
 def _norm_bwd_wide_dweight_kernel(
     x_ptr, mean_ptr, rstd_ptr, dy_ptr, dweight_part_ptr, dbias_part_ptr,
-    x_stride_n, dy_stride_n, N, D, strip,
+    x_stride_n, dy_stride_n, N, D, strip, T,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(D, BLOCK_D)
+    program = (tl.program_id(0) // blocks).to(tl.int64)
+    _, begin, end, nth = _strip_of(program, N, T)
+    col = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = col < D
     dweight, dbias = (tl.zeros((BLOCK_N, BLOCK_D), COMPUTE), tl.zeros((BLOCK_N, BLOCK_D), COMPUTE))
 
     for step in tl.range(0, strip, BLOCK_N, num_stages=STAGES):
         at = step + tl.arange(0, BLOCK_N)
-        row = program * strip + at
-        in_n = (row < N) & (at < strip)
+        row = begin + nth * strip + at
+        in_n = (row < end) & (at < strip)
         inside = in_n[:, None] & in_d[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride_n + col[None, :], mask=inside, other=0.0)
         dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col[None, :], mask=inside, other=0.0)
@@ -552,8 +608,11 @@ def _add_parts_kernel(
 
 
 def add_parts_config(D: int) -> dict:
-    """Few columns a program, so that there are many of them: each has all its loads in flight."""
-    block_d = 16 if D <= 2048 else 32
+    """Few columns a program, so that there are many of them: each has all its loads in flight.
+
+    That many columns are those of many samples, of whose sums there are few parts each.
+    """
+    block_d = 16 if D <= 2048 else 32 if D <= 65536 else 128
     return {"BLOCK_D": block_d, "BLOCK_P": 4096 // block_d, "num_warps": 8}
 
 
@@ -584,15 +643,16 @@ def _dbias_is_apart(D: int, centred: bool) -> bool:
     return centred and D > 12288
 
 
-def _bwd_config(D: int, itemsize: int, centred: bool) -> dict:
+def _bwd_config(D: int, itemsize: int, centred: bool, modulated: bool = False) -> dict:
     """16 to 24 numbers a thread: x̂, g and the share of dweight are live at once, four bytes each.
 
     Half of a multiprocessor's threads, or fewer, have registers for that: `per_sm` programs. While
     one adds up its rows, the next rows of all of them are on their way, two steps ahead where they
     take two bytes an element. Beyond 8192 columns a row takes all registers, in blocks of which a
-    thread has few numbers at a time, and the weight is read anew for each row.
+    thread has few numbers at a time, and the weight is read anew for each row. A modulated norm
+    would need a few registers more, and reads such rows several times.
     """
-    if 32768 // itemsize < D:
+    if 32768 // itemsize < D or (modulated and D > 8192):
         return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
     if _dbias_is_apart(D, centred):
         return _bwd_tile(1, 16384, 1, 1, 32, 1)
@@ -631,18 +691,34 @@ def strips_of(N: int, block_n: int, programs: int) -> tuple[int, int]:
 
 @functools.lru_cache(MOST)
 def _norm_bwd_with(
-    D: int, dtype: torch.dtype, centred: bool, offset: float | None
+    D: int, dtype: torch.dtype, centred: bool, modulated: bool, most: int, offset: float | None
 ) -> tuple[Bound, int, int]:
-    """Give the kernel, of a wide row the one of dx, its rows a step, and its programs on a chip's
-    multiprocessor.
+    """Give the kernel, of a wide row the one of dx, its rows a step, no more than `most`, and its
+    programs on a chip's multiprocessor.
     """
-    config = _bwd_config(D, dtype.itemsize, centred)
+    config = _bwd_config(D, dtype.itemsize, centred, modulated)
     per_sm = config.pop("per_sm")
+    held = "PIECES" in config
+    if held:
+        config["BLOCK_N"] = min(config["BLOCK_N"], most)
     kernel = Bound(
-        _norm_bwd_kernel if "PIECES" in config else _norm_bwd_wide_dx_kernel,
+        _norm_bwd_kernel if held else _norm_bwd_wide_dx_kernel,
         OFFSET=offset, COMPUTE=triton_dtype(accumulator(dtype)), **config,
     )  # fmt: skip
     return kernel, config.get("BLOCK_N", 8), per_sm
+
+
+def _strips_of_samples(N: int, T: int | None, block_n: int, at_once: int) -> tuple[int, int]:
+    """Divide N rows among programs that run at once; no strip has rows of two samples, T rows each.
+
+    Where samples do not fill the chip, shorter strips may, though all of them do not run at once.
+    """
+    if T is None:
+        return strips_of(N, block_n, at_once)
+    samples = N // T
+    ways = [strips_of(T, block_n, max(1, turns * at_once // samples)) for turns in (1, 2, 3)]
+    strips, strip = min(ways, key=lambda way: cdiv(samples * way[0], at_once) * way[1])
+    return samples * strips, strip
 
 
 def norm_bwd(
@@ -670,9 +746,20 @@ def norm_bwd(
     dy, dy_stride_n = rows_of(dy)
     ds, ds_stride_n = (None, 0) if ds is None else rows_of(ds)
     weight, mean, rstd = unit_stride(weight), unit_stride(mean), unit_stride(rstd)
-    kernel, block_n, per_sm = _norm_bwd_with(D, x.dtype, mean is not None, offset)
-    programs, strip = strips_of(N, block_n, per_sm * sm_count(x.device))
-    parts = [None if t is None else x.new_empty(programs, D, dtype=rstd.dtype) for t in like]
+    T = _rows_of_a_sample(N, D, weight)
+    modulated = T is not None or (bias is not None and offset is not None)
+    most = 32 if T is None else next_power_of_2(T)
+    kernel, block_n, per_sm = _norm_bwd_with(D, x.dtype, mean is not None, modulated, most, offset)
+    programs, strip = _strips_of_samples(N, T, block_n, per_sm * sm_count(x.device))
+    samples = 1 if T is None else N // T
+    # A program that has all rows of its sample has the sum. Triton's interpreter cannot round that
+    # of float64 to bfloat16.
+    are_sums = samples == programs > 1 and rstd.dtype == torch.float32
+    if are_sums:
+        parts = [None if t is None else dense_like(t) for t in like]
+    else:
+        shape = programs // samples, samples * D
+        parts = [None if t is None else x.new_empty(*shape, dtype=rstd.dtype) for t in like]
     dweight_part, dbias_part = parts
     strides, held = (x_stride_n, dy_stride_n, ds_stride_n), "PIECES" in kernel.constants
 
@@ -684,17 +771,17 @@ def norm_bwd(
         with_dx, apart = (dweight_part, None), (None, dbias_part)
 
     if not held and need_dx:
-        kernel((N,), x, weight, mean, rstd, dy, ds, dx, *strides, D)
+        kernel((N,), x, weight, mean, rstd, dy, ds, dx, *strides, D, T)
     if held and any(t is not None for t in (dx, *with_dx)):
-        kernel((programs,), x, weight, mean, rstd, dy, ds, dx, *with_dx, *strides, N, D, strip)
+        kernel((programs,), x, weight, mean, rstd, dy, ds, dx, *with_dx, *strides, N, D, strip, T)
     if any(t is not None for t in apart):
         launch(
-            _norm_bwd_wide_dweight_kernel, (cdiv(D, 256), programs),
-            x, mean, rstd, dy, *apart, x_stride_n, dy_stride_n, N, D, strip,
+            _norm_bwd_wide_dweight_kernel, (cdiv(D, 256) * programs,),
+            x, mean, rstd, dy, *apart, x_stride_n, dy_stride_n, N, D, strip, T,
             COMPUTE=kernel.constants["COMPUTE"],
             BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
         )  # fmt: skip
-    dweight, dbias = sums_of_parts(parts, like)
+    dweight, dbias = parts if are_sums else sums_of_parts(parts, like)
     return dx, dweight, dbias
 
 

@@ -1,12 +1,8 @@
 """What the specs of the modulated norms share."""
 
-import inspect
-
 import torch
-import triton.language as tl
 
-from liger_fn.functional.norm import modulated
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation
+from liger_fn.testing.spec import BadCall, Benchmark, Case
 
 
 def case(
@@ -43,6 +39,7 @@ SIZES = (
     case(5, 1, 1),
     case(7, samples=0),
     case(3, 70, 130, id="strips"),
+    case(2, 3, 9000, id="wide-bwd"),
     case(1, 3, 20000, id="wide"),
     Case(
         "scale-in-float32",
@@ -53,33 +50,6 @@ SIZES = (
         },
     ),
 )
-
-
-def kernels(centred: bool):
-    def compilations() -> list[Compilation]:
-        out = []
-        for T, D in ((256, 1152), (1, 3072), (4096, 3072)):
-            for passed in ("fwd", "bwd"):
-                kernel = getattr(modulated, f"_modulated_{passed}_kernel")
-                constants = {
-                    "OFFSET": 1.0,
-                    "COMPUTE": tl.float32,
-                    **({"EPS": 1e-6} if passed == "fwd" else {}),
-                    **({} if centred else {"mean_ptr": None}),
-                    **modulated._modulated_config(T, D),
-                }
-                warps = constants.pop("num_warps")
-                runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
-                floats = ("mean_ptr", "rstd_ptr", "dscale_part_ptr", "dshift_part_ptr")
-                signature = {
-                    n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32"
-                    for n in runtime
-                }
-                name = f"{passed}-{T}x{D}"
-                out.append(Compilation(name, kernel, signature, constants, warps))
-        return out
-
-    return compilations
 
 
 def _benchmark(B: int, T: int, D: int) -> Benchmark:

@@ -4,6 +4,7 @@ from liger_fn.functional import modulated_layer_norm
 from liger_fn.functional.norm import modulated_layer_norm as room
 from liger_fn.testing.spec import OpSpec
 from liger_fn.testing.specs import modulated
+from liger_fn.testing.specs.norm import compilations
 
 SPEC = OpSpec(
     op=modulated_layer_norm,
@@ -14,7 +15,7 @@ SPEC = OpSpec(
     cases=modulated.CASES,
     sizes=modulated.SIZES,
     errors=modulated.errors("modulated_layer_norm"),
-    kernels=modulated.kernels(centred=True),
+    kernels=compilations(centred=True, sampled=True),
     benchmarks=modulated.BENCHMARKS,
     huge=modulated.huge(),
 )

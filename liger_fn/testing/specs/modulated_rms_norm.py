@@ -4,6 +4,7 @@ from liger_fn.functional import modulated_rms_norm
 from liger_fn.functional.norm import modulated_rms_norm as room
 from liger_fn.testing.spec import OpSpec
 from liger_fn.testing.specs import modulated
+from liger_fn.testing.specs.norm import compilations
 
 SPEC = OpSpec(
     op=modulated_rms_norm,
@@ -18,7 +19,7 @@ SPEC = OpSpec(
     ),
     sizes=modulated.SIZES,
     errors=modulated.errors("modulated_rms_norm"),
-    kernels=modulated.kernels(centred=False),
+    kernels=compilations(sampled=True),
     benchmarks=modulated.BENCHMARKS,
     huge=modulated.huge(),
 )

@@ -111,22 +111,26 @@ def _compilation(id: str, kernel, absent: Sequence[str], num_warps: int, **const
     return Compilation(id, kernel, signature, constants, num_warps)
 
 
-def compilations(residual: bool = False, centred: bool = False) -> Callable[[], list[Compilation]]:
-    """The kernels as the norm of a sum, or the centred one, or neither launches them."""
+def compilations(
+    residual: bool = False, centred: bool = False, sampled: bool = False
+) -> Callable[[], list[Compilation]]:
+    """The kernels as the norm of a sum, the centred one, a modulated one or none launches them."""
     absent = [] if residual else ["residual_ptr", "s_ptr", "ds_ptr"]
-    absent += [] if centred else ["mean_ptr", "bias_ptr", "dbias_part_ptr"]
-    absent += [] if centred else ["more_part_ptr", "more_out_ptr"]
+    absent += [] if centred else ["mean_ptr"]
+    shifted = centred or sampled
+    absent += [] if shifted else ["bias_ptr", "dbias_part_ptr", "more_part_ptr", "more_out_ptr"]
+    absent += [] if sampled else ["T"]
     compute = {"COMPUTE": tl.float32}
-    scaled = {"OFFSET": None if centred else 0.0, **compute}
+    scaled = {"OFFSET": 1.0 if sampled else None if centred else 0.0, **compute}
 
     def kernels():
         out = []
         for D in (64, 128, 1152, 2048, 2880, 4096, 5120, 8192, 16384, 32768, 65536):
-            config = {"EPS": 1e-6, "CAST": False, **scaled, **rows._fwd_config(D, 2, centred)}
+            config = {"EPS": 1e-6, "CAST": False, **scaled, **rows._fwd_config(D, 2, shifted)}
             kernel = rows._norm_fwd_kernel if "PIECES" in config else rows._norm_fwd_wide_kernel
             out.append(_compilation(f"fwd-{D}", kernel, absent, **config))
         for D in (64, 128, 1152, 2048, 2880, 4096, 5120, 8192, 12288, 16384, 32768):
-            config = {**scaled, **rows._bwd_config(D, 2, centred)}
+            config = {**scaled, **rows._bwd_config(D, 2, centred, sampled)}
             kernel = rows._norm_bwd_kernel if "PIECES" in config else rows._norm_bwd_wide_dx_kernel
             apart = ["dbias_part_ptr"] if rows._dbias_is_apart(D, centred) else []
             out.append(_compilation(f"bwd-{D}", kernel, absent + apart, **config))
@@ -136,7 +140,7 @@ def compilations(residual: bool = False, centred: bool = False) -> Callable[[], 
         if centred:
             without = [*absent, "dweight_part_ptr"]
             out.append(_compilation("bwd-wide-dbias", wide, without, **tile))
-        adding = rows.add_parts_config(4096)
+        adding = rows.add_parts_config(73728 if sampled else 4096)
         return [*out, _compilation("add-parts", rows._add_parts_kernel, absent, **adding)]
 
     return kernels
