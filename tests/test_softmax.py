@@ -26,21 +26,6 @@ def pass_over_the_row(request, monkeypatch):
         kernels.cache_clear()
 
 
-@pytest.fixture
-def held_pieces(monkeypatch):
-    """Rows of which the first 32 columns are held, in both passes, by programs of several rows."""
-    kept = room._softmax_fwd_with, room._softmax_bwd_with
-    for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
-        monkeypatch.setattr(room, name, lambda *_: {"HELD": 32, "BLOCK_D": 8, "num_warps": 1})
-    for name, value in {"_WIDEST_TILE": 0, "_MOST_FORWARD": 1, "_MOST_BACKWARD": 1}.items():
-        monkeypatch.setattr(room, name, value)
-    for kernels in kept:
-        kernels.cache_clear()
-    yield
-    for kernels in kept:
-        kernels.cache_clear()
-
-
 def rows(device, *rows):
     return torch.tensor(rows, device=device, requires_grad=True)
 
@@ -74,49 +59,6 @@ def test_infinities_and_nan_are_torchs(device):
     assert y[[1, 3, 4]].isnan().all()
     grads = (torch.autograd.grad(t, x, dy)[0] for t in (y, want))
     torch.testing.assert_close(*grads, equal_nan=True)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of ∞ − ∞
-@pytest.mark.filterwarnings("ignore:divide by zero encountered")
-@pytest.mark.usefixtures("held_pieces")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("D", [16, 32, 80], ids=["within", "whole", "with-a-rest"])
-def test_rows_that_are_held_are_torchs(D, dtype, device):
-    x = torch.randn(11, D, device=device, dtype=dtype)
-    x[1], x[2, 0], x[3, D - 1], x[4, 3] = -INF, INF, NAN, -INF
-    x[5], x[6, 1:] = -6e4, -INF
-    x.requires_grad_()
-    dy = torch.randn_like(x)
-    y, want = softmax(x), torch.softmax(x, -1)
-    torch.testing.assert_close(y, want, equal_nan=True)
-    assert y[[1, 2, 3]].isnan().all()
-    got, want = (torch.autograd.grad(t, x, dy)[0] for t in (y, want))
-    exact = torch.softmax(x.detach().double(), -1)
-    exact = exact * (dy - (exact * dy).sum(-1, keepdim=True))
-    assert (got - exact).nan_to_num().abs().max() < 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(got.isnan(), want.isnan())
-
-
-def test_what_is_held_is_most_of_a_row_and_fits():
-    fwd = {D: room._softmax_fwd_config(D, 227 << 10).get("HELD", 0) for D in (16384, 24576, 24592)}
-    assert fwd == {16384: 0, 24576: 16384, 24592: 32768}
-    fwd = {D: room._softmax_fwd_config(D, 227 << 10)["HELD"] for D in (32768, 65536, 262144)}
-    assert fwd == {32768: 32768, 65536: 65536, 262144: 65536}
-    for memory, most in ((0, 0), (99 << 10, 32768), (163 << 10, 65536)):
-        assert room._softmax_fwd_config(131072, memory).get("HELD", 0) == most
-        assert room._softmax_bwd_config(131072, True, memory).get("HELD", 0) == most // 2
-
-
-def test_rows_are_held_if_they_are_loaded_by_sixteen_bytes(device):
-    def given(*rows):
-        return room._room_for_pairs(rows[-1].shape[1], *((x, x.stride(0)) for x in rows))
-
-    x = torch.zeros(4, 64, device=device, dtype=torch.bfloat16)
-    wider = torch.zeros(4, 72, device=device, dtype=torch.bfloat16)[:, :64]
-    assert given(x, x) > 0
-    assert given(x, x[:, 8:56]) > 0
-    for other in (x.float(), x[:, 4:52], x[:, :56], wider):
-        assert given(x, other) == 0
 
 
 @pytest.mark.usefixtures("pass_over_the_row")

@@ -55,14 +55,17 @@ def as_torch(scores, weight, bias=None, *, padding=0, sparse=False, **options):
 def kernels() -> list[Compilation]:
     """The causal kernels of softmax and sparsemax."""
     out = []
+    lowest = torch.finfo(torch.float32).min
     for T in (2048, 65536):
         config = softmax._softmax_fwd_config(T)
-        out.append(compilation(f"softmax-fwd-{T}", T, True, config, CAUSAL=True))
-        wide = "" if "BLOCK_N" in config else "_wide"
+        tile = "BLOCK_N" in config
+        kernel = softmax._softmax_fwd_kernel if tile else softmax._softmax_fwd_wide_kernel
+        out.append(compilation(f"softmax-fwd-{T}", kernel, config, LOWEST=lowest, CAUSAL=True))
         config = softmax._softmax_bwd_config(T, plain=False)
-        out.append(compilation(f"softmax-bwd-{T}", T, False, config, CAUSAL=True))
+        kernel = softmax._softmax_bwd_kernel if tile else softmax._softmax_bwd_wide_kernel
+        out.append(compilation(f"softmax-bwd-{T}", kernel, config, CAUSAL=True))
 
-        kernel = getattr(sparsemax, f"_sparsemax_fwd{wide}_kernel")
+        kernel = getattr(sparsemax, f"_sparsemax_fwd{'' if tile else '_wide'}_kernel")
         constants = {"COMPUTE": tl.float32, "CAUSAL": True, **sparsemax._sparsemax_config(T)}
         warps = constants.pop("num_warps")
         runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]

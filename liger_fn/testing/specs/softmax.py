@@ -48,16 +48,10 @@ def as_torch(x, *, mask=None, scale=1.0):
     return torch.softmax(z if mask is None else z.masked_fill(~mask, -torch.inf), -1)
 
 
-def compilation(id: str, D: int, fwd: bool, config: dict, **flags) -> Compilation:
-    """A pass on bfloat16 tensors of D columns; sizes and strides fit 32 bits."""
-    constants = {"SCALE": 0.125, "HAS_MASK": False, "CAUSAL": False, "COMPUTE": tl.float32, **flags}
-    if fwd:
-        kernels = room._softmax_fwd_kernel, room._softmax_fwd_wide_kernel
-        constants["LOWEST"] = torch.finfo(torch.float32).min
-    else:
-        kernels = room._softmax_bwd_kernel, room._softmax_bwd_wide_kernel
-    bound = room._kernel_for(D, *kernels, config, **constants)
-    kernel, constants = bound.kernel, dict(bound.constants)
+def compilation(id: str, kernel, config: dict, **flags) -> Compilation:
+    """A kernel on bfloat16 tensors; sizes and strides fit 32 bits."""
+    constants = {"SCALE": 0.125, "HAS_MASK": False, "CAUSAL": False}
+    constants |= {"COMPUTE": tl.float32, **flags, **config}
     warps = constants.pop("num_warps")
     types = {"mask_ptr": "*u8", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
@@ -66,17 +60,17 @@ def compilation(id: str, D: int, fwd: bool, config: dict, **flags) -> Compilatio
 
 
 def kernels() -> list[Compilation]:
-    """Rows in tiles, rows that are held, whole or with a rest, and rows that are not."""
     out = []
-    for D, masked in (
-        (256, False), (4096, False), (4096, True), (32768, False), (65536, False),
-        (131072, False), (131072, True),
-    ):  # fmt: skip
-        id, memory = f"{D}-masked" if masked else str(D), 0 if masked else 162 * 1024
-        config = room._softmax_fwd_config(D, memory)
-        out.append(compilation(f"fwd-{id}", D, True, config, HAS_MASK=masked))
-        config = room._softmax_bwd_config(D, not masked, memory)
-        out.append(compilation(f"bwd-{id}", D, False, config, HAS_MASK=masked))
+    lowest = torch.finfo(torch.float32).min
+    for D, masked in ((256, False), (4096, False), (4096, True), (32768, False), (131072, True)):
+        config = room._softmax_fwd_config(D)
+        tile = room._softmax_fwd_kernel if "BLOCK_N" in config else room._softmax_fwd_wide_kernel
+        id = f"{D}-masked" if masked else str(D)
+        flags = {"HAS_MASK": masked}
+        out.append(compilation(f"fwd-{id}", tile, config, LOWEST=lowest, **flags))
+        config = room._softmax_bwd_config(D, not masked)
+        tile = room._softmax_bwd_kernel if "BLOCK_N" in config else room._softmax_bwd_wide_kernel
+        out.append(compilation(f"bwd-{id}", tile, config, **flags))
     return out
 
 
@@ -104,12 +98,8 @@ def attention_benchmark(B: int, H: int, T: int) -> Benchmark:
 
 
 def candidates(current: Config) -> list[Config]:
-    """Tiles of whole rows as wide as they are, or walks along the row, held or not, and near the
-    limit both."""
+    """Tiles of whole rows as wide as they are, or walks along the row, and near the limit both."""
     walks = around(BLOCK_D=(4096, 8192, 16384, 32768), num_warps=(8, 16, 32))
-    if "HELD" in current:
-        held = around(("HELD",), (32, 128), HELD=(16384, 32768, 65536), num_warps=(8, 16, 32))
-        return [*held(current), *walks({"BLOCK_D": 16384, "num_warps": 32})]
     if "BLOCK_N" not in current:
         return walks(current)
     tiles = around(BLOCK_N=(1, 2, 4, 8, 16), num_warps=(2, 4, 8, 16, 32))(current)
