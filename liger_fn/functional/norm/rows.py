@@ -334,8 +334,8 @@ def _fwd_config(D: int, itemsize: int, shifted: bool) -> dict:
     for each, a thread takes more than 64 registers, and a multiprocessor seven programs at a time
     of the sixteen that 65536 rows leave it.
 
-    Five blocks are 40 numbers a thread rather than 20, where these would make loads of 8 bytes: half
-    as many threads share what is done once a thread, and one and a half times as many rows fit.
+    Five blocks are 40 numbers a thread rather than 20, which would be loads of 8 bytes: half as
+    many threads do what each does once, and one and a half times as many rows fit.
 
     It depends on nothing but the width, so that another number of rows compiles nothing.
     """
@@ -653,10 +653,11 @@ def _bwd_config(D: int, itemsize: int, centred: bool, modulated: bool = False) -
 
     Half of a multiprocessor's threads, or fewer, have registers for that: `per_sm` programs. While
     one adds up its rows, the next rows of all of them are on their way, two steps ahead where they
-    take two bytes an element. A row of 1152 is padded to 1280 in a program of its own: of 2048 lanes
-    nearly half would be empty, and instructions take longer than the memory. Beyond 8192 columns a row takes all registers, in blocks of which a
-    thread has few numbers at a time, and the weight is read anew for each row. A modulated norm
-    would need a few registers more, and reads such rows several times.
+    take two bytes an element. A row of 1152 has a program of its own and 1280 lanes: of 2048 nearly
+    half would be empty, and instructions take longer than the memory. Beyond 8192 columns a row
+    takes all registers, in blocks of which a thread has few numbers at a time, and the weight is
+    read anew for each row. A modulated norm would need a few registers more, and reads such rows
+    several times.
     """
     if 32768 // itemsize < D or (modulated and D > 8192):
         return {"BLOCK_D": 4096, "num_warps": 8, "per_sm": 1}
