@@ -186,8 +186,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out=out, **options)
 
 
-# If Triton knew of a sum over one row, it would let the loop over tiles fetch ahead, for which there
-# is no memory.
+# If Triton knew that a sum is over one row, it would let the loop over tiles fetch ahead, for which
+# there is no memory.
 @triton.jit(do_not_specialize=["V", "H", "K"])
 def _add_product_kernel(
     g_desc, x_desc, total_desc, V, H, K,
