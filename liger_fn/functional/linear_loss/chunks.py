@@ -231,6 +231,7 @@ def _add_by_tiles(g: Tensor, x: Tensor, dweight: Tensor) -> None:
     config, programs = _add_product_config(), sm_count(g.device)
     block_v, block_h, block_k = (config[f"BLOCK_{n}"] for n in "VHK")
     tiles = cdiv(V, block_v) * cdiv(H, block_h)
+    # Triton's own launch, for it makes the chip's descriptors; beside the product that is little.
     _add_product_kernel[(min(programs, tiles),)](
         TensorDescriptor.from_tensor(g, [block_k, block_v]),
         TensorDescriptor.from_tensor(x, [block_k, block_h]),

@@ -452,10 +452,10 @@ def fused_linear_cross_entropy(
         little as one chunk. An upstream gradient of "mean" or "sum" that is no power of two rounds
         once more. float64 throughout for float64 inputs.
     Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in
-        float32 another 4·V·H bytes. Until the backward pass live weight, x, y and, for "mean" and
-        "sum", the wanted gradients; for "none" the logits if the budget holds all of them, else 4
-        bytes a row, and the backward pass makes them again. The reference, which is what runs on a
-        CPU, holds all logits.
+        float32 another 4·V·H bytes (for those of two chunks in 16 bits 128 MiB, before Hopper).
+        Until the backward pass live weight, x, y and, for "mean" and "sum", the wanted gradients;
+        for "none" the logits if the budget holds all of them, else 4 bytes a row, and the backward
+        pass makes them again. The reference, which is what runs on a CPU, holds all logits.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al.,
         "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024 (gradients made forward).
     """
