@@ -748,7 +748,7 @@ BACKENDS = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from liger_fn.functional import rms_norm, using
+from liger_fn.functional import fused_linear_cross_entropy, rms_norm, using
 from liger_fn.testing.specs.rms_norm import SPEC
 
 x, w = torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
@@ -766,6 +766,17 @@ for a, b, c in zip(by_default, by_reference, by_kernels):
     assert torch.equal(a, b)
     torch.testing.assert_close(a, c)
 assert by_default[0].grad_fn.name() != by_kernels[0].grad_fn.name()
+
+# The kernels know that they are interpreted, though Triton did not when it was imported: two chunks
+# of bfloat16 add up.
+head, rows = torch.randn(40, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16()
+targets = torch.randint(40, (64,))
+for chunk_size in (64, 32):
+    with using("interpret"):
+        loss = fused_linear_cross_entropy(head, rows, targets, chunk_size)
+        (got,) = torch.autograd.grad(loss, head)
+    (expected,) = torch.autograd.grad(fused_linear_cross_entropy(head, rows, targets), head)
+    assert (got - expected).norm() < 0.02 * expected.norm()
 
 # Having interpreted the kernels must not have broken their compilation.
 for k in SPEC.kernels()[::8]:

@@ -259,6 +259,14 @@ def test_a_product_is_added_and_rounded_once(device, dtype, K, V, H, add, monkey
     torch.testing.assert_close(total.double(), exact, rtol=1.01 * one_rounding, atol=1e-5)
 
 
+def test_tiles_are_copied_of_rows_that_begin_on_16_bytes_and_lie_apart(device):
+    x = torch.zeros(4, 64, dtype=torch.bfloat16, device=device)
+    copied = shared_memory(device) >= 220_000
+    assert chunks._copies_tiles(x, x[:, 8:40]) == copied
+    for other in (x[:, 4:36], torch.zeros_like(x[:, :36]), x[:1].expand(2, 64)[1:]):
+        assert not chunks._copies_tiles(x, other)
+
+
 def test_sums_of_chunks_err_as_little_as_stated(device):
     torch.manual_seed(0)
     # PyTorch lets cuBLAS share out the sum over rows of a small product, and add in 16 bits.

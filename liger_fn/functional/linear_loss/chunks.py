@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from liger_fn.functional.core import check
+from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.launch import (
     TensorDescriptor,
     cdiv,
-    interpreted,
     shared_memory,
     sm_count,
     tl,
@@ -221,9 +221,14 @@ def _add_product_config() -> dict:
 
 
 def _copies_tiles(*ts: Tensor) -> bool:
-    """Say whether the chip, Hopper or later, can copy tiles of these: rows begin on 16 bytes."""
-    chip = shared_memory(ts[0].device) >= 220_000
-    return chip and all(t.data_ptr() % 16 == t.stride(0) * t.itemsize % 16 == 0 for t in ts)
+    """Say whether the chip, Hopper or later, can copy tiles of these.
+
+    Their rows begin on 16 bytes and lie apart; those of an expanded tensor do not.
+    """
+    return shared_memory(ts[0].device) >= 220_000 and all(
+        t.data_ptr() % 16 == t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1]
+        for t in ts
+    )
 
 
 def _add_by_tiles(g: Tensor, x: Tensor, dweight: Tensor) -> None:
@@ -236,7 +241,7 @@ def _add_by_tiles(g: Tensor, x: Tensor, dweight: Tensor) -> None:
         TensorDescriptor.from_tensor(g, [block_k, block_v]),
         TensorDescriptor.from_tensor(x, [block_k, block_h]),
         TensorDescriptor.from_tensor(dweight, [block_v, block_h]),
-        V, H, K, triton_dtype(torch.float32 if interpreted() else g.dtype), programs, **config,
+        V, H, K, triton_dtype(torch.float32 if interpreting() else g.dtype), programs, **config,
     )  # fmt: skip
 
 
@@ -258,7 +263,7 @@ def _add_rounding_once(g: Tensor, x: Tensor, dweight: Tensor) -> None:
     """
     x = unit_stride(x)
     # The interpreter would cut bfloat16 off.
-    by_tiles = _copies_tiles(g, x, dweight) and not interpreted()
+    by_tiles = _copies_tiles(g, x, dweight) and not interpreting()
     (_add_by_tiles if by_tiles else _add_by_parts)(g, x, dweight)
 
 

@@ -235,8 +235,7 @@ def fused_linear_logprobs(
             ignored, if the host knows (more of them make all but top1 NaN), and bytes of logits
             held at once. Logits that fit are kept for the backward pass, which is then a quarter
             shorter.
-        accum_dtype: the dtype in which chunks add up; None: that of x for one or two chunks,
-            float32 for more.
+        accum_dtype: the dtype in which chunks add up; None: as in `fused_linear_cross_entropy`.
 
     Returns:
         logp (...), in float32 (float64 for float64 x), or LogProbs(logp, lse, entropy, top1) if
@@ -253,8 +252,9 @@ def fused_linear_logprobs(
         those of `fused_linear_cross_entropy`.
     Memory: one buffer of chunk_size · V logits while a pass runs. weight, x, y and 8 bytes a row
         (12 with the entropy) live until the backward pass, and the logits if the budget holds all
-        of them; else it makes them again. The reference, which is what runs on a CPU, holds all
-        logits.
+        of them; else it makes them again. Kept logits give their memory to their gradient, unless
+        the graph is kept too or a compiler decides what is. The reference, which is what runs on a
+        CPU, holds all logits.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
     """
     op = "fused_linear_logprobs"
