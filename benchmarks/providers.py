@@ -752,19 +752,19 @@ class OursWith(Ours):
     call = Provider.call
 
     def fused_linear_cross_entropy(self):
-        return self.set(functional.fused_linear_cross_entropy)
+        return self._with(functional.fused_linear_cross_entropy)
 
     def fused_linear_logprobs(self):
-        return self.set(functional.fused_linear_logprobs)
+        return self._with(functional.fused_linear_logprobs)
 
-    def set(self, op):
+    def _with(self, op):
         return lambda weight, x, y, **options: op(weight, x, y, **options, **self.options)
 
 
 class OursCounted(OursWith):
     """Ours, told how many targets count: who asks the device waits for it, once a batch."""
 
-    def set(self, op):
+    def _with(self, op):
         counts: dict[int, int] = {}
 
         def call(weight, x, y, **options):
