@@ -352,7 +352,7 @@ def test_providers_take_turns_and_a_failing_one_leaves():
     # Two rounds warm up; the order of each is drawn.
     rounds = [order[:3], order[3:6], *(order[i : i + 2] for i in (6, 8, 10))]
     assert ["".join(sorted(r)) for r in rounds] == ["abc", "abc", "ac", "ac", "ac"]
-    assert order[:3] != order[3:6]
+    assert len({"".join(r) for r in rounds}) > 2
     assert isinstance(timings["b"], RuntimeError)
     assert timings["a"].repeats == 3
 
