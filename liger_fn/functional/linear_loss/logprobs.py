@@ -233,7 +233,7 @@ def fused_linear_logprobs(
             apply after the bias.
         max_valid, memory_budget: as in `fused_linear_cross_entropy`: at most so many rows are not
             ignored, if the host knows (more of them make all but top1 NaN), and bytes of logits
-            held at once. Logits that fit are kept for the backward pass, which is then a quarter
+            held at once. Logits that fit are kept for the backward pass, which is then a third
             shorter.
         accum_dtype: the dtype in which chunks add up; None: as in `fused_linear_cross_entropy`.
 
