@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from liger_fn.functional import fused_linear_cross_entropy
 from liger_fn.functional.core.launch import shared_memory
-from liger_fn.functional.linear_loss import chunks
+from liger_fn.functional.linear_loss import chunks, products
 from liger_fn.functional.linear_loss import cross_entropy as room
 from liger_fn.functional.linear_loss.chunks import Limits
 
@@ -235,20 +235,24 @@ def test_num_items_divides_a_mean(device, factors):
         torch.testing.assert_close(mean, total / 7)
 
 
+def add_by_tiles(g, x, total):
+    products._product_of_tiles(g, x, None, 0, total, add=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("K", "V", "H", "add"),
     [
-        (96, 200, 72, chunks._add_by_tiles),
-        (70, 300, 264, chunks._add_by_tiles),
-        (1, 16, 8, chunks._add_by_tiles),
-        (70, 130, 30, chunks._add_by_parts),
+        (96, 200, 72, add_by_tiles),
+        (70, 300, 264, add_by_tiles),
+        (1, 16, 8, add_by_tiles),
+        (70, 130, 30, products._add_by_parts),
     ],
 )
 def test_a_product_is_added_and_rounded_once(device, dtype, K, V, H, add, monkeypatch):
-    if add is chunks._add_by_tiles and shared_memory(device) < 220_000:
+    if add is add_by_tiles and shared_memory(device) < 220_000:
         pytest.skip("before Hopper no chip copies tiles")
-    monkeypatch.setattr(chunks, "_PART_BYTES", 4 * H * 50)
+    monkeypatch.setattr(products, "_PART_BYTES", 4 * H * 50)
     buffer = torch.full((K, chunks.width_of(V)), torch.nan, dtype=dtype, device=device)
     g, x, total = buffer[:, :V], *(torch.randn(n, H).to(device, dtype) for n in (K, V))
     g.copy_(torch.randn(K, V))
@@ -261,10 +265,9 @@ def test_a_product_is_added_and_rounded_once(device, dtype, K, V, H, add, monkey
 
 def test_tiles_are_copied_of_rows_that_begin_on_16_bytes_and_lie_apart(device):
     x = torch.zeros(4, 64, dtype=torch.bfloat16, device=device)
-    copied = shared_memory(device) >= 220_000
-    assert chunks._copies_tiles(x, x[:, 8:40]) == copied
-    for other in (x[:, 4:36], torch.zeros_like(x[:, :36]), x[:1].expand(2, 64)[1:]):
-        assert not chunks._copies_tiles(x, other)
+    assert products.copies_tiles(x, x[:, 8:40])
+    for other in (x[:, 4:36], torch.zeros_like(x[:, :36]), x[:1].expand(2, 64)[1:], x.t()):
+        assert not products.copies_tiles(x, other)
 
 
 def test_sums_of_chunks_err_as_little_as_stated(device):

@@ -146,9 +146,9 @@ def test_ignored_rows_are_left_out_where_their_number_is_known(leaves, monkeypat
 
     rows_seen = []
 
-    def seen(weight, x, *others):
-        rows_seen.append(len(x))
-        return logits_to_keep(weight, x, *others)
+    def seen(weight, bias, head, *others):
+        rows_seen.append(len(head.x))
+        return logits_to_keep(weight, bias, head, *others)
 
     monkeypatch.setattr(room, "logits_to_keep", seen)
     fused_linear_logprobs(weight, x, y, max_valid=valid)

@@ -11,28 +11,17 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from liger_fn.functional.core import check
-from liger_fn.functional.core.backend import interpreting
-from liger_fn.functional.core.launch import (
-    TensorDescriptor,
-    cdiv,
-    shared_memory,
-    sm_count,
-    tl,
-    triton,
-    triton_dtype,
-    unit_stride,
-)
+from liger_fn.functional.core.launch import cdiv, unit_stride
+from liger_fn.functional.linear_loss.products import AllRows, Counted, suits
 from liger_fn.functional.loss.cross_entropy import check_target
 
 _BUFFER_BYTES = 5 << 28
-_PART_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -123,15 +112,12 @@ def width_of(V: int) -> int:
 
 
 def logits_of(
-    weight: Tensor, x: Tensor, bias: Tensor | None, slices: Iterator[slice], buffer: Tensor
+    weight: Tensor, bias: Tensor | None, head: AllRows, slices: Iterator[slice], buffer: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """Give the logits of each slice of rows; all share one buffer."""
     for rows in slices:
         logits = buffer[: rows.stop - rows.start, : weight.shape[0]]
-        if bias is None:
-            torch.mm(x[rows], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x[rows], weight.t(), out=logits)
+        head.logits(weight, bias, rows, logits)
         yield rows, logits
 
 
@@ -140,135 +126,56 @@ def new_kept(x: Tensor, rows: torch.Size, weight: Tensor, keep: bool) -> Tensor:
     return x.new_empty((*rows, width_of(weight.shape[0]) if keep else 0))
 
 
+def rows_of_head(
+    weight: Tensor, x: Tensor, y: Tensor, ignore_index: int, kept: Tensor | None = None
+) -> AllRows:
+    """The rows x (N, H) with targets y (N,): those that count in front, where the chip can skip the
+    others, and no logits are kept, which stay where they are.
+    """
+    if kept is not None and kept.shape[-1]:
+        return AllRows(x, y)
+    return Counted(x, y, ignore_index) if suits(weight, x) else AllRows(x, y)
+
+
 def logits_to_keep(
-    weight: Tensor, x: Tensor, bias: Tensor | None, limits: Limits, kept: Tensor
+    weight: Tensor, bias: Tensor | None, head: AllRows, limits: Limits, kept: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """Give the logits of some rows at a time, or, where `kept` has room, of all in that."""
-    V, N = weight.shape[0], x.shape[0]
+    V, N = weight.shape[0], len(head.x)
     if kept.shape[-1]:
         chunks, buffer = Plan(N, N), kept.view(N, -1)
         buffer[:, V:] = 0.0
     else:
         chunks = limits.plan(N, weight)
-        buffer = x.new_empty((chunks.rows, width_of(V)))
-    return logits_of(weight, x, bias, chunks.slices(N), buffer)
+        buffer = kept.new_empty((chunks.rows, width_of(V)))
+    return logits_of(weight, bias, head, chunks.slices(N), buffer)
 
 
 def logits_again(
-    weight: Tensor, x: Tensor, bias: Tensor | None, limits: Limits, kept: Tensor, donated: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    head: AllRows,
+    limits: Limits,
+    kept: Tensor,
+    donated: bool,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Give the logits again, kept or made anew, each time with memory for their gradient.
 
     That is the memory of the logits, unless they are kept for others, too.
     """
-    V, N = weight.shape[0], x.shape[0]
+    V, N = weight.shape[0], len(head.x)
     if kept.shape[-1]:
         kept = unit_stride(kept).view(N, -1)
         yield slice(0, N), kept[:, :V], (kept if donated else torch.empty_like(kept))[:, :V]
     else:
         chunks = limits.plan(N, weight)
-        buffer = x.new_empty((chunks.rows, width_of(V)))
-        for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+        buffer = kept.new_empty((chunks.rows, width_of(V)))
+        for rows, logits in logits_of(weight, bias, head, chunks.slices(N), buffer):
             yield rows, logits, logits
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write a · b to out, or add it, in the dtype of out, which may be wider than theirs."""
-    options: dict[str, Any] = {}
-    if a.dtype is not out.dtype and a.is_cuda:
-        options = {"out_dtype": out.dtype}
-    elif a.dtype is not out.dtype:
-        # PyTorch has this product for CUDA alone.
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.addmm(out, a, b, out=out, **options)
-    else:
-        torch.mm(a, b, out=out, **options)
-
-
-# If Triton knew that a sum is over one row, it would let the loop over tiles fetch ahead, for which
-# there is no memory.
-@triton.jit(do_not_specialize=["V", "H", "K"])
-def _add_product_kernel(
-    g_desc, x_desc, total_desc, V, H, K,
-    DTYPE: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    tiles_v, tiles_h = tl.cdiv(V, BLOCK_V), tl.cdiv(H, BLOCK_H)
-    for tile in tl.range(tl.program_id(0), tiles_v * tiles_h, PROGRAMS):
-        # GROUP rows of tiles at a time, column by column: what they share stays in the cache.
-        first = tile // (GROUP * tiles_h) * GROUP
-        rows = tl.minimum(tiles_v - first, GROUP)
-        v = (first + tile % (GROUP * tiles_h) % rows) * BLOCK_V
-        h = tile % (GROUP * tiles_h) // rows * BLOCK_H
-
-        total = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            g = g_desc.load([k, v]).to(DTYPE)
-            x = x_desc.load([k, h]).to(DTYPE)
-            total = tl.dot(tl.trans(g), x, total)
-        total += total_desc.load([v, h]).to(tl.float32)
-        total_desc.store([v, h], total.to(total_desc.dtype))
-
-
-def _add_product_config() -> dict:
-    """Half of a multiprocessor's registers for a tile's sums; three steps are on their way.
-
-    On an H200 within 3 % of cuBLAS; without a loop over tiles, or with four steps, within 5 %.
-    """
-    tile = {"BLOCK_V": 128, "BLOCK_H": 256, "BLOCK_K": 64}
-    return tile | {"GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
-def _copies_tiles(*ts: Tensor) -> bool:
-    """Say whether the chip, Hopper or later, can copy tiles of these.
-
-    Their rows begin on 16 bytes and lie apart; those of an expanded tensor do not.
-    """
-    return shared_memory(ts[0].device) >= 220_000 and all(
-        t.data_ptr() % 16 == t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1]
-        for t in ts
-    )
-
-
-def _add_by_tiles(g: Tensor, x: Tensor, dweight: Tensor) -> None:
-    (K, V), H = g.shape, x.shape[1]
-    config, programs = _add_product_config(), sm_count(g.device)
-    block_v, block_h, block_k = (config[f"BLOCK_{n}"] for n in "VHK")
-    tiles = cdiv(V, block_v) * cdiv(H, block_h)
-    # Triton's own launch, for it makes the chip's descriptors; beside the product that is little.
-    _add_product_kernel[(min(programs, tiles),)](
-        TensorDescriptor.from_tensor(g, [block_k, block_v]),
-        TensorDescriptor.from_tensor(x, [block_k, block_h]),
-        TensorDescriptor.from_tensor(dweight, [block_v, block_h]),
-        V, H, K, triton_dtype(torch.float32 if interpreting() else g.dtype), programs, **config,
-    )  # fmt: skip
-
-
-def _add_by_parts(g: Tensor, x: Tensor, dweight: Tensor) -> None:
-    """Make the product in float32, of some classes at a time."""
-    V, H = dweight.shape
-    step = cdiv(_PART_BYTES, 4 * max(1, H))
-    for v in range(0, V, step):
-        part = dweight.new_empty((min(step, V - v), H), dtype=torch.float32)
-        _product(g[:, v : v + step].t(), x, part)
-        dweight[v : v + step].copy_(part.add_(dweight[v : v + step]))
-
-
-def _add_rounding_once(g: Tensor, x: Tensor, dweight: Tensor) -> None:
-    """Add gᵀ · x to dweight of 16 bits, and round nothing but the sum.
-
-    cuBLAS, asked for the same, rounds the product, too: two chunks would err 1.48 times as much as
-    one.
-    """
-    x = unit_stride(x)
-    # The interpreter would cut bfloat16 off.
-    by_tiles = _copies_tiles(g, x, dweight) and not interpreting()
-    (_add_by_tiles if by_tiles else _add_by_parts)(g, x, dweight)
-
-
 def pull_back(
-    g: Tensor, weight: Tensor, x: Tensor, rows: slice,
+    g: Tensor, weight: Tensor, head: AllRows, rows: slice,
     dweight: Tensor | None, dx: Tensor | None, dbias: Tensor | None, onto: bool = False,
 ) -> None:  # fmt: skip
     """Write these rows of dx; add their share to dweight and dbias, which the first rows write.
@@ -277,12 +184,9 @@ def pull_back(
     """
     later = rows.start > 0
     if dx is not None:
-        _product(g, weight, dx[rows])
-    last_of_two = later and rows.stop == len(x) and 2 * rows.start <= len(x)
-    if dweight is not None and last_of_two and dweight.itemsize == 2:
-        _add_rounding_once(g, x[rows], dweight)
-    elif dweight is not None:
-        _product(g.t(), x[rows], dweight, add=later or onto)
+        head.dx(g, weight, rows, dx)
+    if dweight is not None:
+        head.dweight(g, rows, dweight, add=later or onto)
     if dbias is not None:
         total = g.sum(0, dtype=dbias.dtype)
         torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)

@@ -7,7 +7,8 @@
 
 `logits` and `g` share one buffer, in the dtype of x; the kernel of loss/cross_entropy.py writes g
 over the logits. All else is matrix products: 2·N·H·V operations for the loss, 4·N·H·V for the
-gradients.
+gradients. Where those of products.py can be had, N is the number of rows that count, and a loss
+without gradients needs no logits in memory at all.
 
 A weighted sum has one upstream number, so its gradients are made in the forward pass, for an
 upstream of 1 (`unit_dx`, `unit_dweight`, `unit_dbias`; only those wanted), and the backward pass
@@ -49,8 +50,11 @@ from liger_fn.functional.linear_loss.chunks import (
     logits_to_keep,
     new_kept,
     pull_back,
+    rows_of_head,
     width_of,
 )
+from liger_fn.functional.linear_loss.products import Counted
+from liger_fn.functional.linear_loss.statistics import statistics
 from liger_fn.functional.loss.cross_entropy import (
     check_options,
     launch_rows,
@@ -58,6 +62,7 @@ from liger_fn.functional.loss.cross_entropy import (
     reference_rows,
     weight_of,
 )
+from liger_fn.functional.loss.logprobs import new_rows
 
 
 def reference(
@@ -149,7 +154,7 @@ def fused_linear_cross_entropy_fwd(
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(y) else x.new_zeros
     unit_dweight = make(weight.shape, dtype=held) if need_dweight else None
-    unit_dx = make(x.shape, dtype=held) if need_dx else None
+    unit_dx = make(x.shape, dtype=narrowest(x.dtype)) if need_dx else None
     unit_dbias = make((V,), dtype=acc) if need_dbias else None
     if not has_work(y):
         return x.new_zeros((), dtype=acc), unit_dweight, unit_dx, unit_dbias
@@ -170,22 +175,41 @@ def sum_over_chunks(
     """Give the loss, and write the gradients that are given; with `onto`, add to dweight."""
     (V, H), N = weight.shape, y.numel()
     chunks = limits.plan(N, weight)
-    x, y = x.reshape(N, H), y.reshape(-1)
+    head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), options[0])
     row_weight = None if row_weight is None else row_weight.reshape(-1)
-    dx = None if dx is None else dx.view(x.shape)
-    loss, lse = x.new_empty((2, N), dtype=accumulator(x.dtype))
     needed = any(t is not None for t in (dweight, dx, dbias))
+    plain = class_weight is None and options[1] == 0.0
+    if isinstance(head, Counted) and plain and not needed:
+        each, _ = _without_logits(weight, bias, head, *options[2:])
+        if row_weight is not None:
+            each = torch.where(y.reshape(-1).long() == options[0], 0.0, each * row_weight)
+        return each.sum()
+
+    row_weight = None if row_weight is None else head.in_order(row_weight)
+    dx = None if dx is None else dx.view(N, H)
+    loss, lse = x.new_empty((2, N), dtype=accumulator(x.dtype))
     buffer = x.new_empty((chunks.rows, width_of(V)))
     with dtypes_as_given(x.device):
-        for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+        for rows, logits in logits_of(weight, bias, head, chunks.slices(N), buffer):
             launch_rows(
-                logits, y[rows], class_weight, lse[rows], *options,
+                logits, head.y[rows], class_weight, lse[rows], *options,
                 loss=loss[rows], dloss=None if row_weight is None else row_weight[rows],
                 dlogits=logits if needed else None,
                 unit=unit_of(x.dtype), width=buffer.shape[1],
             )  # fmt: skip
-            pull_back(logits, weight, x, rows, dweight, dx, dbias, onto)
+            pull_back(logits, weight, head, rows, dweight, dx, dbias, onto)
     return loss.sum()
+
+
+def _without_logits(
+    weight: Tensor, bias: Tensor | None, head: Counted,
+    z_loss: float, softcap: float | None, logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Give loss and lse of each row, (N,), where the rows are, of losses without class weights."""
+    rows = new_rows(head.x, head.y.shape, with_entropy=False, with_top1=False)
+    statistics(weight, bias, head, softcap, logit_scale, rows)
+    logp, lse, *_ = rows
+    return 0.0 - logp + z_loss * lse.square(), lse
 
 
 @triton.jit
@@ -291,16 +315,22 @@ def fused_linear_cross_entropy_rows_fwd(
     kept = new_kept(x, y.shape, weight, keep and (need_dweight or need_dx or need_dbias))
 
     if has_work(loss):
-        x, y = x.reshape(N, H), y.reshape(-1)
-        each_loss, each_lse = loss.view(-1), lse.view(-1)
+        head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), ignore_index, kept)
+        needed = need_dweight or need_dx or need_dbias
+        plain = class_weight is None and label_smoothing == 0.0
+        if isinstance(head, Counted) and plain and not needed:
+            each = _without_logits(weight, bias, head, z_loss, softcap, logit_scale)
+            return each[0].view(loss.shape), each[1].view(loss.shape), kept
+        each_loss, each_lse = head.new_numbers(loss.view(-1), lse.view(-1))
         limits = Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            for rows, logits in logits_to_keep(weight, x, bias, limits, kept):
+            for rows, logits in logits_to_keep(weight, bias, head, limits, kept):
                 launch_rows(
-                    logits, y[rows], class_weight, each_lse[rows],
+                    logits, head.y[rows], class_weight, each_lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
                     loss=each_loss[rows], width=logits.stride(0),
                 )  # fmt: skip
+        head.put_back((each_loss, each_lse), (loss.view(-1), lse.view(-1)))
     return loss, lse, kept
 
 
@@ -335,18 +365,18 @@ def fused_linear_cross_entropy_rows_bwd(
     dbias = make((V,), dtype=lse.dtype) if need_dbias else None
 
     if has_work(y):
-        x, y = x.reshape(N, H), y.reshape(-1)
-        lse, dloss = lse.reshape(-1), dloss.reshape(-1)
-        each_dx = None if dx is None else dx.view(x.shape)
+        head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), ignore_index, kept)
+        lse, dloss = head.in_order(lse.reshape(-1)), head.in_order(dloss.reshape(-1))
+        each_dx = None if dx is None else dx.view(N, H)
         limits = Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            for rows, logits, g in logits_again(weight, x, bias, limits, kept, donated):
+            for rows, logits, g in logits_again(weight, bias, head, limits, kept, donated):
                 launch_rows(
-                    logits, y[rows], class_weight, lse[rows],
+                    logits, head.y[rows], class_weight, lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
                     dloss=dloss[rows], dlogits=g, width=g.stride(0),
                 )  # fmt: skip
-                pull_back(g, weight, x, rows, dweight, each_dx, dbias)
+                pull_back(g, weight, head, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,
@@ -430,12 +460,14 @@ def fused_linear_cross_entropy(
             `cross_entropy`; softcap and scale apply after the bias.
         num_items: what "mean" divides by, a number or a scalar tensor on any device, for those who
             average over more than this call; None: the (weighted) count of targets that count.
-        max_valid: at most so many targets are not ignore_index, if the host knows: then rows that
-            do not count cost nothing, forward or backward. More of them make the loss NaN. None:
-            they cost as much as others, for to look would be to wait for the device.
+        max_valid: at most so many targets are not ignore_index, if the host knows; more of them
+            make the loss NaN. Rows that do not count then take neither time nor memory. None: they
+            take memory; and time, unless x has 16 bits and the chip is a Hopper, whose products
+            ask the device how many rows count.
         memory_budget: bytes of logits held at once; None: 1.25 GiB; or, where only that leaves no
             more than two chunks, the bytes of weight in addition.
-        accum_dtype: the dtype in which chunks add up and the gradients of a mean or sum are held.
+        accum_dtype: the dtype in which chunks add up, and in which the gradient of the weight of a
+            mean or sum waits for the upstream one.
             None: the dtype of x (float32 for float16) for one chunk, or two of which the larger has
             56 % of the rows or more, or was chosen by `chunk_size`; float32 for others.
 
@@ -447,13 +479,15 @@ def fused_linear_cross_entropy(
             not of an integer dtype, an option is no number.
         ValueError: a shape or device does not fit, an option is out of its range.
 
-    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
-        losses never are. Gradients are rounded as those of PyTorch's products where one chunk holds
-        all rows; the sum of two, by default, errs 1.2 times as much (1.22 of halves); in float32 as
-        little as one chunk. An upstream gradient of "mean" or "sum" that is no power of two rounds
-        once more. float64 throughout for float64 inputs.
+    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them (on
+        Hopper not where the loss alone is wanted); losses never are. Gradients are rounded as those
+        of PyTorch's products where one chunk holds all rows; the sum of two, by default, errs 1.2
+        times as much (1.22 of halves); in float32 as little as one chunk. An upstream gradient of
+        "mean" or "sum" that is no power of two rounds once more. float64 throughout for float64
+        inputs.
     Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in
-        float32 another 4·V·H bytes (for those of two chunks in 16 bits 128 MiB, before Hopper).
+        float32 another 4·V·H bytes (for those of two chunks in 16 bits 128 MiB, before Hopper). On
+        Hopper also x once more, those rows of dx, and 17 MiB; but no logits without gradients.
         Until the backward pass live weight, x, y and, for "mean" and "sum", the wanted gradients;
         for "none" the logits if the budget holds all of them, else 4 bytes a row, and the backward
         pass makes them again. The reference, which is what runs on a CPU, holds all logits.

@@ -57,6 +57,7 @@ from liger_fn.functional.linear_loss.cross_entropy import (
     times_scalar,
     unit_of,
 )
+from liger_fn.functional.linear_loss.products import AllRows, Counted, suits
 from liger_fn.functional.loss import divergence
 from liger_fn.functional.loss.cross_entropy import REDUCTIONS, columns_of
 from liger_fn.functional.loss.cross_entropy import reference_rows as reference_cross_entropy
@@ -343,6 +344,11 @@ def _each_chunk(
     teacher_x = teacher.x.reshape(N, teacher.x.shape[-1])
     labels = None if labels is None else unit_stride(labels.reshape(-1))
     loss, dloss = (None if t is None else t.reshape(-1) for t in (loss, dloss))
+    head, teacher_head = AllRows(x, labels), AllRows(teacher_x)
+    if labels is not None and suits(weight, x) and suits(teacher.weight, teacher_x):
+        head, teacher_head = (Counted(t, labels, terms.ignore_index) for t in (x, teacher_x))
+    dloss = None if dloss is None else head.in_order(dloss)
+    (each_loss,) = head.new_numbers(loss)
     dx = None if dx is None else dx.view(x.shape)
     wanted = any(d is not None for d in (dweight, dx, dbias))
 
@@ -350,17 +356,18 @@ def _each_chunk(
     buffer, teacher_buffer = (t.new_empty((chunks.rows, width)) for t in (x, teacher_x))
     with dtypes_as_given(x.device):
         both = zip(
-            logits_of(weight, x, bias, chunks.slices(N), buffer),
-            logits_of(teacher.weight, teacher_x, teacher.bias, chunks.slices(N), teacher_buffer),
+            logits_of(weight, bias, head, chunks.slices(N), buffer),
+            logits_of(teacher.weight, teacher.bias, teacher_head, chunks.slices(N), teacher_buffer),
             strict=True,
         )
         for (rows, logits), (_, teacher_logits) in both:
             launch_rows(
-                logits, teacher_logits, None if labels is None else labels[rows], terms,
-                width=width, loss=None if loss is None else loss[rows],
+                logits, teacher_logits, None if labels is None else head.y[rows], terms,
+                width=width, loss=None if each_loss is None else each_loss[rows],
                 dloss=None if dloss is None else dloss[rows], need_dlogits=wanted, unit=unit,
             )  # fmt: skip
-            pull_back(logits, weight, x, rows, dweight, dx, dbias)
+            pull_back(logits, weight, head, rows, dweight, dx, dbias)
+    head.put_back((each_loss,), (loss,))
 
 
 def fused_linear_divergence_fwd(
@@ -390,7 +397,7 @@ def fused_linear_divergence_fwd(
     # The sum over no rows is 0; other sums are written before they are read.
     make = x.new_empty if has_work(loss) else x.new_zeros
     unit_dweight = make(weight.shape, dtype=held) if need_dweight else None
-    unit_dx = make(x.shape, dtype=held) if need_dx else None
+    unit_dx = make(x.shape, dtype=narrowest(x.dtype)) if need_dx else None
     unit_dbias = make(weight.shape[:1], dtype=acc) if need_dbias else None
 
     if has_work(loss):

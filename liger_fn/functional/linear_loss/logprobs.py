@@ -8,7 +8,8 @@
 Every row has upstream gradients of its own, which are known only in the backward pass. The logits
 are kept for it if the buffer holds them all; if not, it makes them again. The kernel of
 loss/logprobs.py writes g over them. 2·N·H·V operations forward, 4·N·H·V backward, or 6 of logits
-made again. Kept beside these are x, weight, y and 8 bytes a row, 12 with the entropy.
+made again. Kept beside these are x, weight, y and 8 bytes a row, 12 with the entropy. Without
+gradients, where the products of products.py can be had, no logits are in memory at all.
 """
 
 from typing import Any
@@ -31,7 +32,10 @@ from liger_fn.functional.linear_loss.chunks import (
     logits_to_keep,
     new_kept,
     pull_back,
+    rows_of_head,
 )
+from liger_fn.functional.linear_loss.products import Counted
+from liger_fn.functional.linear_loss.statistics import statistics
 from liger_fn.functional.loss.logprobs import (
     LogProbs,
     asked_for,
@@ -119,13 +123,19 @@ def fused_linear_logprobs_fwd(
 
     if has_work(of_all[0]):
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+        head = rows_of_head(weight, x, y, ignore_index, kept)
         flat, limits = _flat(*of_all), Limits(chunk_size, memory_budget, wide)
+        if isinstance(head, Counted) and not (need_dweight or need_dx or need_dbias):
+            statistics(weight, bias, head, softcap, logit_scale, flat)
+            return *of_all, kept
+        ordered = head.new_numbers(*flat)
         with dtypes_as_given(x.device):
-            for rows, logits in logits_to_keep(weight, x, bias, limits, kept):
+            for rows, logits in logits_to_keep(weight, bias, head, limits, kept):
                 launch_fwd(
-                    logits, y[rows], softcap, logit_scale, ignore_index,
-                    _of_chunk(flat, rows), logits.stride(0),
+                    logits, head.y[rows], softcap, logit_scale, ignore_index,
+                    _of_chunk(ordered, rows), logits.stride(0),
                 )  # fmt: skip
+        head.put_back(ordered, flat)
     return *of_all, kept
 
 
@@ -165,16 +175,20 @@ def fused_linear_logprobs_bwd(
 
     if has_work(y):
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
+        head = rows_of_head(weight, x, y, ignore_index, kept)
         each_dx = None if dx is None else dx.view(x.shape)
-        of_rows, cotangents = _flat(highest, log_sum, entropy), _flat(dlogp, dlse, dentropy)
+        of_rows, cotangents = (
+            tuple(None if t is None else head.in_order(t) for t in _flat(*numbers))
+            for numbers in ((highest, log_sum, entropy), (dlogp, dlse, dentropy))
+        )
         limits = Limits(chunk_size, memory_budget, wide)
         with dtypes_as_given(x.device):
-            for rows, logits, g in logits_again(weight, x, bias, limits, kept, donated):
+            for rows, logits, g in logits_again(weight, bias, head, limits, kept, donated):
                 launch_bwd(
-                    logits, y[rows], softcap, logit_scale, ignore_index,
+                    logits, head.y[rows], softcap, logit_scale, ignore_index,
                     _of_chunk(of_rows, rows), _of_chunk(cotangents, rows), g, g.stride(0),
                 )  # fmt: skip
-                pull_back(g, weight, x, rows, dweight, each_dx, dbias)
+                pull_back(g, weight, head, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,
@@ -247,14 +261,14 @@ def fused_linear_logprobs(
         ValueError: a shape or device does not fit, an option is out of its range.
         NotImplementedError: top1 of more than 2^24 classes.
 
-    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
-        all else is float32 (float64 for float64 x), and the sums over chunks of rows are held as
-        those of `fused_linear_cross_entropy`.
-    Memory: one buffer of chunk_size · V logits while a pass runs. weight, x, y and 8 bytes a row
-        (12 with the entropy) live until the backward pass, and the logits if the budget holds all
-        of them; else it makes them again. Kept logits give their memory to their gradient, unless
-        the graph is kept too or a compiler decides what is. The reference, which is what runs on a
-        CPU, holds all logits.
+    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them (on
+        Hopper not where no gradient is wanted); all else is float32 (float64 for float64 x), and
+        the sums over chunks of rows are held as those of `fused_linear_cross_entropy`.
+    Memory: one buffer of chunk_size · V logits while a pass runs; on Hopper, where no gradient is
+        wanted, N · V / 64 numbers instead. weight, x, y and 8 bytes a row (12 with the entropy)
+        live until the backward pass, and the logits if the budget holds all of them; else it makes
+        them again. Kept logits give their memory to their gradient, unless the graph is kept too
+        or a compiler decides what is. The reference, which is what runs on a CPU, holds all logits.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
     """
     op = "fused_linear_logprobs"

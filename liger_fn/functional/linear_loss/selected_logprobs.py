@@ -37,6 +37,7 @@ from liger_fn.functional.linear_loss.chunks import (
     pull_back,
     width_of,
 )
+from liger_fn.functional.linear_loss.products import AllRows
 from liger_fn.functional.loss.cross_entropy import scaled_and_capped, times_slope
 from liger_fn.functional.loss.logprobs import (
     check_options,
@@ -167,7 +168,7 @@ def fused_linear_selected_logprobs_fwd(
         chunks = Limits(chunk_size, None).plan(N, weight)
         buffer = x.new_empty((chunks.rows, width_of(V)))
         with dtypes_as_given(x.device):
-            for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+            for rows, logits in logits_of(weight, bias, AllRows(x), chunks.slices(N), buffer):
                 one, of_all, top, log = (t[rows] for t in each)
                 launch_fwd(
                     logits, some[rows], softcap, logit_scale, -1,
@@ -209,18 +210,18 @@ def fused_linear_selected_logprobs_bwd(
     dbias = make((V,), dtype=acc) if need_dbias else None
 
     if has_work(dlogp):
-        x = x.reshape(N, H)
+        head = AllRows(x.reshape(N, H))
         flat, logp, dlogp = (unit_stride(t.reshape(N, K)) for t in (indices, logp, dlogp))
         highest, log_sum = (unit_stride(t.reshape(-1)) for t in (highest, log_sum))
         known = (flat >= 0) & (flat < V)
         given = torch.where(known, dlogp, math.nan).masked_fill(flat.long() == ignore_index, 0.0)
         dlse = -given.sum(-1)
         some = torch.zeros((N,), dtype=torch.int32, device=x.device)
-        each_dx = None if dx is None else dx.view(x.shape)
+        each_dx = None if dx is None else dx.view(N, H)
         chunks = Limits(chunk_size, None, wide=held is not x.dtype).plan(N, weight)
         buffer = x.new_empty((chunks.rows, width_of(V)))
         with dtypes_as_given(x.device):
-            for rows, logits in logits_of(weight, x, bias, chunks.slices(N), buffer):
+            for rows, logits in logits_of(weight, bias, head, chunks.slices(N), buffer):
                 top, log = highest[rows], log_sum[rows]
                 launch_bwd(
                     logits, some[rows], softcap, logit_scale, -1,
@@ -232,7 +233,7 @@ def fused_linear_selected_logprobs_bwd(
                     logits.stride(0), K, V, ignore_index,
                     **_options(K, softcap, logit_scale, acc),
                 )  # fmt: skip
-                pull_back(logits, weight, x, rows, dweight, each_dx, dbias)
+                pull_back(logits, weight, head, rows, dweight, each_dx, dbias)
     return (
         None if dweight is None else dweight.to(x.dtype),
         dx,

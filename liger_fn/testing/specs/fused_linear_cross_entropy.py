@@ -5,8 +5,8 @@ import torch.nn.functional as F
 import triton.language as tl
 
 from liger_fn.functional import fused_linear_cross_entropy
-from liger_fn.functional.linear_loss import chunks
 from liger_fn.functional.linear_loss import cross_entropy as room
+from liger_fn.functional.linear_loss import products, statistics
 from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
 from liger_fn.testing.specs.cross_entropy import EVERY_OPTION, as_torch, compilation, targets
 
@@ -79,30 +79,61 @@ def kernels() -> list[Compilation]:
         )
         for held in ("bf16", "fp32")
     ]
-    return [*over_the_logits, *upstream, *sums_of_two_chunks()]
+    return [*over_the_logits, *upstream, *products_of_tiles()]
 
 
-def sums_of_two_chunks() -> list[Compilation]:
-    config = chunks._add_product_config()
+def tiles(dtype: str, pieces: int = 1, **blocks: str) -> dict[str, str]:
+    """Descriptors of tiles: `x="MK"` has blocks of BLOCK_M x BLOCK_K, in so many pieces."""
+    config = products.tiles_config()
+    sizes = {n: (config[f"BLOCK_{a}"], config[f"BLOCK_{b}"]) for n, (a, b) in blocks.items()}
+    return {f"{n}_desc": f"tensordesc<{dtype}[{a},{b // pieces}]>" for n, (a, b) in sizes.items()}
+
+
+def of_tiles(id: str, kernel, signature: dict, chips: tuple[int, ...] = (90,), **constants):
+    config = products.tiles_config()
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    signature = signature | {"count_ptr": "*i32"} | dict.fromkeys(("first", "N", "V", "H"), "i32")
+    constants = {"PROGRAMS": 132} | config | constants
+    return Compilation(id, kernel, signature, constants, warps, stages, chips=chips)
+
+
+def products_of_tiles() -> list[Compilation]:
+    """The products that skip what does not count, on Hopper; sums of two chunks on others, too."""
     kernels = []
+    bias = {"bias_ptr": "*bf16"}
     for name, dtype in {"bf16": tl.bfloat16, "fp16": tl.float16}.items():
-        tiles = {
-            f"{n}_desc": f"tensordesc<{name}[{config[f'BLOCK_{a}']},{config[f'BLOCK_{b}']}]>"
-            for n, (a, b) in {"g": "KV", "x": "KH", "total": "VH"}.items()
-        }
-        kernels.append(
-            Compilation(
-                f"sum-of-two-chunks-{name}",
-                chunks._add_product_kernel,
-                tiles | dict.fromkeys("VHK", "i32"),
-                {"DTYPE": dtype, "PROGRAMS": 132} | config,
-                warps,
-                stages,
-                chips=(90, 100),
-            )
-        )
-    return kernels
+        logits = tiles(name, x="MK", weight="NK", logits="MN") | bias
+        kernels.append(of_tiles(f"logits-{name}", products._logits_kernel, logits, DTYPE=dtype))
+        for out in (name, "fp32"):
+            pieces = {name: 2, "fp32": 4}[out]
+            dx = tiles(name, g="MK", weight="KN") | tiles(out, pieces, dx="MN")
+            dx |= tiles("fp32", 4, parts="MN")
+            dweight = tiles(name, g="KM", x="KN") | tiles(out, pieces, dweight="MN")
+            options = {"DTYPE": dtype, "PIECES": pieces}
+            kernels += [
+                of_tiles(f"dx-{name}-{out}", products._dx_kernel, dx, **options),
+                *(
+                    of_tiles(f"dweight-{name}-{out}{'-add' * add}", products._dweight_kernel,
+                             dweight, (90, 100) if add and out == name else (90,), ADD=add,
+                             **options)
+                    for add in (False, True)
+                ),
+            ]  # fmt: skip
+    return kernels + statistics_of_tiles()
+
+
+def statistics_of_tiles() -> list[Compilation]:
+    rows = {"y_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in ("z_t", "top", "total")}
+    more = {"moment_ptr": "*fp32", "best_ptr": "*i32"}
+    signature = tiles("bf16", x="MK", weight="NK") | rows
+    options = {"LOWEST": -3e38, "DTYPE": tl.bfloat16, "SCALE": 1.0}
+    kernel = statistics._statistics_kernel
+    nothing = dict.fromkeys(("moment_ptr", "best_ptr", "bias_ptr", "CAP"))
+    return [
+        of_tiles("statistics", kernel, signature, **options, **nothing),
+        of_tiles("statistics-all", kernel, signature | more | {"bias_ptr": "*bf16"}, **options,
+                 CAP=30.0),
+    ]  # fmt: skip
 
 
 def _good(draw) -> dict:
@@ -218,7 +249,9 @@ SPEC = OpSpec(
             (8192, 4096, 151936),
             (1024, 4096, 128256),
             (2048, 4096, 128256),
+            (4096, 4096, 128256),
             (32768, 4096, 128256),
+            (65536, 4096, 128256),
             (8192, 4096, 128256, 0.7),
             (8192, 4096, 128256, 0.0, True),
         )
