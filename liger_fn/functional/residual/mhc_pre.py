@@ -137,15 +137,6 @@ def _mhc_pre_mix_kernel(
 
 
 @triton.jit
-def _sum_of_parts(part_ptr, at, mask, parts, stride):
-    total = tl.load(part_ptr + at, mask=mask, other=0.0)
-    for _ in range(1, parts):
-        part_ptr += stride
-        total += tl.load(part_ptr + at, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
 def _vectors(n, N, M, FIRST: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Give where H of the M coefficients of each token are, which of them, and which there are."""
     h = tl.arange(0, BLOCK_H)[None, :]
@@ -169,35 +160,48 @@ def _mhc_pre_coefficients_fwd_kernel(
 ):  # fmt: skip
     M: tl.constexpr = H * H + 2 * H
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    stride = N.to(tl.int64) * M
-    squares = _sum_of_parts(squares_part_ptr, n, n < N, parts, N)
-    rstd = 1.0 / tl.sqrt(squares / K + EPS)
-    tl.store(rstd_ptr + n, rstd, mask=n < N)
     own = n[:, None] * H + tl.arange(0, BLOCK_H)[None, :]
+    pre_at, pre_m, inside = _vectors(n, N, M, 0, H, BLOCK_H)
+    post_at, post_m, _ = _vectors(n, N, M, H, H, BLOCK_H)
+    m, in_matrix, in_h = _matrices(n, N, H, BLOCK_H)
+    res_at = n[:, None, None] * M + 2 * H + m
 
-    at, m, inside = _vectors(n, N, M, 0, H, BLOCK_H)
-    mix = _sum_of_parts(mix_part_ptr, at, inside, parts, stride) * rstd[:, None]
-    bias = tl.load(bias_ptr + m, mask=m < H, other=0.0).to(COMPUTE)
-    act, _ = activate(mix * tl.load(scale_ptr).to(COMPUTE) + bias, "sigmoid", 1.0)
-    tl.store(mix_ptr + at, mix, mask=inside)
-    tl.store(pre_ptr + own, act + PRE_EPS, mask=inside)
+    squares = tl.load(squares_part_ptr + n, mask=n < N, other=0.0)
+    mix_pre = tl.load(mix_part_ptr + pre_at, mask=inside, other=0.0)
+    mix_post = tl.load(mix_part_ptr + post_at, mask=inside, other=0.0)
+    mix_res = tl.load(mix_part_ptr + res_at, mask=in_matrix, other=0.0)
+    # All of a part at once, and nothing is stored before: one after another they would be waited
+    # for four times as often.
+    for _ in range(1, parts):
+        squares_part_ptr += N
+        mix_part_ptr += N.to(tl.int64) * M
+        squares += tl.load(squares_part_ptr + n, mask=n < N, other=0.0)
+        mix_pre += tl.load(mix_part_ptr + pre_at, mask=inside, other=0.0)
+        mix_post += tl.load(mix_part_ptr + post_at, mask=inside, other=0.0)
+        mix_res += tl.load(mix_part_ptr + res_at, mask=in_matrix, other=0.0)
+    bias_pre = tl.load(bias_ptr + pre_m, mask=pre_m < H, other=0.0).to(COMPUTE)
+    bias_post = tl.load(bias_ptr + post_m, mask=post_m < 2 * H, other=0.0).to(COMPUTE)
+    bias_res = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
+    scale_pre = tl.load(scale_ptr).to(COMPUTE)
+    scale_post = tl.load(scale_ptr + 1).to(COMPUTE)
+    scale_res = tl.load(scale_ptr + 2).to(COMPUTE)
 
-    at, m, inside = _vectors(n, N, M, H, H, BLOCK_H)
-    mix = _sum_of_parts(mix_part_ptr, at, inside, parts, stride) * rstd[:, None]
-    bias = tl.load(bias_ptr + m, mask=m < 2 * H, other=0.0).to(COMPUTE)
-    act, _ = activate(mix * tl.load(scale_ptr + 1).to(COMPUTE) + bias, "sigmoid", 1.0)
-    tl.store(mix_ptr + at, mix, mask=inside)
-    tl.store(post_ptr + own, act * POST_SCALE, mask=inside)
+    rstd = 1.0 / tl.sqrt(squares / K + EPS)
+    mix_pre *= rstd[:, None]
+    mix_post *= rstd[:, None]
+    mix_res *= rstd[:, None, None]
+    pre, _ = activate(mix_pre * scale_pre + bias_pre, "sigmoid", 1.0)
+    post, _ = activate(mix_post * scale_post + bias_post, "sigmoid", 1.0)
+    logits = mix_res * scale_res + bias_res
+    res = sinkhorn(logits, in_matrix, in_h, ITERATIONS, SINKHORN_EPS)
 
-    m, inside, in_h = _matrices(n, N, H, BLOCK_H)
-    at = n[:, None, None] * M + 2 * H + m
-    mix = _sum_of_parts(mix_part_ptr, at, inside, parts, stride) * rstd[:, None, None]
-    bias = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
-    res = sinkhorn(
-        mix * tl.load(scale_ptr + 2).to(COMPUTE) + bias, inside, in_h, ITERATIONS, SINKHORN_EPS
-    )
-    tl.store(mix_ptr + at, mix, mask=inside)
-    tl.store(res_ptr + n[:, None, None] * (H * H) + m, res, mask=inside)
+    tl.store(rstd_ptr + n, rstd, mask=n < N)
+    tl.store(mix_ptr + pre_at, mix_pre, mask=inside)
+    tl.store(mix_ptr + post_at, mix_post, mask=inside)
+    tl.store(mix_ptr + res_at, mix_res, mask=in_matrix)
+    tl.store(pre_ptr + own, pre + PRE_EPS, mask=inside)
+    tl.store(post_ptr + own, post * POST_SCALE, mask=inside)
+    tl.store(res_ptr + n[:, None, None] * (H * H) + m, res, mask=in_matrix)
 
 
 @triton.jit
@@ -358,9 +362,11 @@ def _mix_config(M: int, itemsize: int) -> dict:
 
 
 def _coefficients_config(H: int) -> dict:
-    """Four elements of the matrices a thread: iterations wait for each other, not for memory."""
+    """One warp, and 16 elements of the matrices a thread: iterations wait for each other, not for
+    memory, and with several warps for all of them, for the compiler puts rows of a matrix apart.
+    """
     block_h = next_power_of_2(H)
-    return {"BLOCK_N": max(1, 512 // block_h**2), "BLOCK_H": block_h, "num_warps": 4}
+    return {"BLOCK_N": max(1, 512 // block_h**2), "BLOCK_H": block_h, "num_warps": 1}
 
 
 def streams_config(D: int, H: int) -> dict:
