@@ -21,6 +21,7 @@ from torch import Tensor
 
 from liger_fn.functional.activation.glu import activate
 from liger_fn.functional.core import check
+from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.launch import (
@@ -36,7 +37,7 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.norm.rows import strips_of, sums_of_parts
+from liger_fn.functional.norm.rows import no_blocks, strips_of, sums_of_parts
 from liger_fn.functional.residual.sinkhorn import reference_sinkhorn, sinkhorn, sinkhorn_bwd
 
 MOST_STREAMS = 16
@@ -44,6 +45,9 @@ MOST_STREAMS = 16
 # Columns that one program multiplies. Two thousand tokens of 16384 columns then keep a chip busy,
 # and the bits of a token do not depend on how many are beside it.
 _SPAN = 4096
+
+# Beside more coefficients than these there is no room for the pieces of both factors.
+_MOST_IN_PIECES = 64
 
 
 def reference(
@@ -100,14 +104,35 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
     return acc
 
 
+@triton.jit
+def _store_pieces(ptr, t, mask, stride, PIECES: tl.constexpr):
+    """Store numbers as so many of the pointer's type, of which the sum is closest to them."""
+    for piece in tl.static_range(PIECES):
+        high = t.to(ptr.dtype.element_ty)
+        tl.store(ptr + piece * stride, high, mask=mask)
+        t -= high.to(t.dtype)
+
+
+@triton.jit
+def _mhc_pre_weight_pieces_kernel(
+    weight_ptr, pieces_ptr, weight_stride_m, weight_stride_k, K, M,
+    PIECES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    w = tl.load(weight_ptr + m * weight_stride_m + k * weight_stride_k, mask=k < K, other=0.0)
+    _store_pieces(pieces_ptr + m * K + k, w.to(COMPUTE), k < K, M * K, PIECES)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _mhc_pre_mix_kernel(
     x_ptr, weight_ptr, mix_part_ptr, squares_part_ptr,
-    x_stride_n, weight_stride_m, weight_stride_k, N, K, M,
-    SPAN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    x_stride_n, weight_stride_p, weight_stride_m, weight_stride_k, N, K, M,
+    SPAN: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """x · weightᵀ and Σ x² over the columns of one part."""
+    """x · weightᵀ and Σ x² over the columns of one part; the weight is the sum of its pieces."""
     part = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -119,13 +144,16 @@ def _mhc_pre_mix_kernel(
     for start in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = (k < K)[None, :]
-        x = tl.load(x_row + k[None, :], mask=(row < N)[:, None] & in_k, other=0.0).to(COMPUTE)
-        w_at = w_row + k[None, :] * weight_stride_k
-        w = tl.load(w_at, mask=(m < M)[:, None] & in_k, other=0.0).to(COMPUTE)
-        squares += x * x
+        x = tl.load(x_row + k[None, :], mask=(row < N)[:, None] & in_k, other=0.0)
+        wide = x.to(COMPUTE)
+        squares += wide * wide
         # A sum of tensor cores is cut off, not rounded, at each step: long ones drift towards 0.
         # The compiler would make one of all, were it not for the question whether there are rows.
-        step = _product(x, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+        step = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+        for piece in tl.static_range(PIECES - 1, -1, -1):
+            w_at = w_row + piece * weight_stride_p + k[None, :] * weight_stride_k
+            w = tl.load(w_at, mask=(m < M)[:, None] & in_k, other=0.0)
+            step = _product(x.to(PRODUCT), tl.trans(w.to(PRODUCT)), step, PRECISION)
         mix += tl.where(N > 0, step, 0.0)
 
     out = (part.to(tl.int64) * N + row) * M
@@ -249,59 +277,79 @@ def _mhc_pre_coefficients_bwd_kernel(
     mix_ptr, rstd_ptr, bias_ptr, scale_ptr, dpre_ptr, dpost_ptr, dres_ptr, scratch_ptr,
     dz_ptr, along_ptr, dbias_part_ptr, dscale_part_ptr, N, K,
     ITERATIONS: tl.constexpr, SINKHORN_EPS: tl.constexpr, POST_SCALE: tl.constexpr,
-    COMPUTE: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr, H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = H * H + 2 * H
     program = tl.program_id(0).to(tl.int64)
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)
     own = n[:, None] * H + tl.arange(0, BLOCK_H)[None, :]
-    dbias_part_ptr += program * M
-    dscale_part_ptr += program * 3
-    along = tl.zeros((BLOCK_N,), COMPUTE)
-
-    for which in tl.static_range(2):
-        at, m, inside = _vectors(n, N, M, which * H, H, BLOCK_H)
-        mix = tl.load(mix_ptr + at, mask=inside, other=0.0)
-        bias = tl.load(bias_ptr + m, mask=m < which * H + H, other=0.0).to(COMPUTE)
-        scale = tl.load(scale_ptr + which).to(COMPUTE)
-        _, dact = activate(mix * scale + bias, "sigmoid", 1.0)
-        if which == 0:
-            dlogits = tl.load(dpre_ptr + own, mask=inside, other=0.0) * dact
-        else:
-            dlogits = tl.load(dpost_ptr + own, mask=inside, other=0.0) * dact * POST_SCALE
-        along += tl.sum(dlogits * mix, axis=1) * scale
-        tl.store(dz_ptr + at, dlogits * scale * rstd[:, None], mask=inside)
-        h = tl.arange(0, BLOCK_H)
-        tl.store(dbias_part_ptr + which * H + h, tl.sum(dlogits, axis=0), mask=h < H)
-        tl.store(dscale_part_ptr + which, tl.sum(tl.sum(dlogits * mix, axis=1), axis=0))
-
-    m, inside, in_h = _matrices(n, N, H, BLOCK_H)
-    at = n[:, None, None] * M + 2 * H + m
+    pre_at, pre_m, inside = _vectors(n, N, M, 0, H, BLOCK_H)
+    post_at, post_m, _ = _vectors(n, N, M, H, H, BLOCK_H)
+    m, in_matrix, in_h = _matrices(n, N, H, BLOCK_H)
     square = n[:, None, None] * (H * H) + m
-    mix = tl.load(mix_ptr + at, mask=inside, other=0.0)
-    bias = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
-    scale = tl.load(scale_ptr + 2).to(COMPUTE)
-    dres = tl.load(dres_ptr + square, mask=inside, other=0.0)
-    dlogits = sinkhorn_bwd(
-        mix * scale + bias, dres, inside, in_h, scratch_ptr, N.to(tl.int64) * (H * H), square,
-        ITERATIONS, SINKHORN_EPS,
+
+    rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)
+    mix_pre = tl.load(mix_ptr + pre_at, mask=inside, other=0.0)
+    mix_post = tl.load(mix_ptr + post_at, mask=inside, other=0.0)
+    mix_res = tl.load(mix_ptr + n[:, None, None] * M + 2 * H + m, mask=in_matrix, other=0.0)
+    bias_pre = tl.load(bias_ptr + pre_m, mask=pre_m < H, other=0.0).to(COMPUTE)
+    bias_post = tl.load(bias_ptr + post_m, mask=post_m < 2 * H, other=0.0).to(COMPUTE)
+    bias_res = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
+    scale_pre = tl.load(scale_ptr).to(COMPUTE)
+    scale_post = tl.load(scale_ptr + 1).to(COMPUTE)
+    scale_res = tl.load(scale_ptr + 2).to(COMPUTE)
+    dpre = tl.load(dpre_ptr + own, mask=inside, other=0.0)
+    dpost = tl.load(dpost_ptr + own, mask=inside, other=0.0)
+    dres = tl.load(dres_ptr + square, mask=in_matrix, other=0.0)
+
+    _, dact = activate(mix_pre * scale_pre + bias_pre, "sigmoid", 1.0)
+    dlogits_pre = dpre * dact
+    _, dact = activate(mix_post * scale_post + bias_post, "sigmoid", 1.0)
+    dlogits_post = dpost * dact * POST_SCALE
+    dlogits_res = sinkhorn_bwd(
+        mix_res * scale_res + bias_res, dres, in_matrix, in_h, scratch_ptr,
+        N.to(tl.int64) * (H * H), square, ITERATIONS, SINKHORN_EPS,
     )  # fmt: skip
-    terms = tl.sum(tl.sum(dlogits * mix, axis=2), axis=1)
-    along += terms * scale
-    tl.store(dz_ptr + at, dlogits * scale * rstd[:, None, None], mask=inside)
-    i, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_H)[None, :]
-    tl.store(dbias_part_ptr + 2 * H + i * H + j, tl.sum(dlogits, axis=0), mask=(i < H) & (j < H))
-    tl.store(dscale_part_ptr + 2, tl.sum(terms, axis=0))
+    terms_pre = tl.sum(dlogits_pre * mix_pre, axis=1)
+    terms_post = tl.sum(dlogits_post * mix_post, axis=1)
+    terms_res = tl.sum(tl.sum(dlogits_res * mix_res, axis=2), axis=1)
+    along = terms_pre * scale_pre + terms_post * scale_post + terms_res * scale_res
     tl.store(along_ptr + n, along * rstd * rstd / K, mask=n < N)
+
+    at = dz_ptr + n[:, None] * (PIECES * WIDTH)
+    dz = dlogits_pre * scale_pre * rstd[:, None]
+    _store_pieces(at + pre_m, dz, inside, WIDTH, PIECES)
+    dz = dlogits_post * scale_post * rstd[:, None]
+    _store_pieces(at + post_m, dz, inside, WIDTH, PIECES)
+    at = at[:, :, None] + 2 * H + m
+    dz = dlogits_res * scale_res * rstd[:, None, None]
+    _store_pieces(at, dz, in_matrix, WIDTH, PIECES)
+    if M < WIDTH:
+        beyond = M + tl.arange(0, 8)[None, :]
+        at = dz_ptr + n[:, None] * (PIECES * WIDTH) + beyond
+        nothing = tl.zeros((BLOCK_N, 8), COMPUTE)
+        _store_pieces(at, nothing, (n < N)[:, None] & (beyond < WIDTH), WIDTH, PIECES)
+
+    h = tl.arange(0, BLOCK_H)
+    i, j = h[:, None], h[None, :]
+    dbias_part_ptr += program * M
+    tl.store(dbias_part_ptr + h, tl.sum(dlogits_pre, axis=0), mask=h < H)
+    tl.store(dbias_part_ptr + H + h, tl.sum(dlogits_post, axis=0), mask=h < H)
+    of_res = tl.sum(dlogits_res, axis=0)
+    tl.store(dbias_part_ptr + 2 * H + i * H + j, of_res, mask=(i < H) & (j < H))
+    dscale_part_ptr += program * 3
+    tl.store(dscale_part_ptr, tl.sum(terms_pre, axis=0))
+    tl.store(dscale_part_ptr + 1, tl.sum(terms_post, axis=0))
+    tl.store(dscale_part_ptr + 2, tl.sum(terms_res, axis=0))
 
 
 @triton.jit(do_not_specialize=["N", "strip"])
 def _mhc_pre_bwd_kernel(
     x_ptr, weight_ptr, pre_ptr, dy_ptr, dz_ptr, along_ptr, dx_ptr, dweight_part_ptr,
     x_stride_n, weight_stride_m, weight_stride_k, dy_stride_n, N, D, strip,
-    OF_DX: tl.constexpr, OF_DWEIGHT: tl.constexpr, COMPUTE: tl.constexpr, H: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, OF_DX: tl.constexpr, OF_DWEIGHT: tl.constexpr, COMPUTE: tl.constexpr,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = H * H + 2 * H
     # Neighbours take the same columns of other streams, which read the same dy.
@@ -323,7 +371,7 @@ def _mhc_pre_bwd_kernel(
         inside = in_n[:, None] & in_d
         x = tl.load(x_ptr + row[:, None] * x_stride_n + k[None, :], mask=inside, other=0.0)
         x = x.to(COMPUTE)
-        dz_at = dz_ptr + row[:, None] * M + m[None, :]
+        dz_at = dz_ptr + row[:, None] * WIDTH + m[None, :]
         dz = tl.load(dz_at, mask=in_n[:, None] & in_m[None, :], other=0.0)
         if dx_ptr is not None:
             dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + d[None, :], mask=inside, other=0.0)
@@ -340,22 +388,121 @@ def _mhc_pre_bwd_kernel(
         tl.store(out, dweight, mask=in_m[:, None] & in_d)
 
 
+@triton.jit
+def _in_pieces(t, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """Give so many numbers of the type PIECE, of which the sum is closest to t, largest first."""
+    pieces = no_blocks()
+    for _ in tl.static_range(PIECES):
+        high = t.to(PIECE)
+        pieces += (high,)
+        t -= high.to(t.dtype)
+    return pieces
+
+
+@triton.jit(do_not_specialize=["N", "strip"])
+def _mhc_pre_bwd_pieces_kernel(
+    x_ptr, weight_ptr, pre_ptr, dy_ptr, dz_ptr, along_ptr, dx_ptr, dweight_part_ptr,
+    x_stride_n, weight_stride_m, weight_stride_k, dy_stride_n, N, D, strip,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr, OF_WEIGHT: tl.constexpr, PRODUCT: tl.constexpr,
+    COMPUTE: tl.constexpr, H: tl.constexpr, STREAMS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The same of x of 2 bytes, multiplied as it is; dz comes in pieces of its type."""
+    M: tl.constexpr = H * H + 2 * H
+    # Neighbours take the same columns of other streams, which read the same dy.
+    first = tl.program_id(0) % (H // STREAMS) * STREAMS
+    d = tl.program_id(0) // (H // STREAMS) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = (d < D)[None, :]
+    m = tl.arange(0, BLOCK_M)
+    program = tl.program_id(1).to(tl.int64)
+    weight, dweight = no_blocks(), no_blocks()
+    for h in tl.static_range(STREAMS):
+        k = (first + h) * D + d
+        w_at = weight_ptr + m[:, None] * weight_stride_m + k[None, :] * weight_stride_k
+        w = tl.load(w_at, mask=(m < M)[:, None] & in_d, other=0.0).to(COMPUTE)
+        weight += _in_pieces(w, OF_WEIGHT, PRODUCT)
+        dweight += (tl.zeros((BLOCK_D, BLOCK_M), COMPUTE),)
+
+    for step in range(0, strip, BLOCK_N):
+        row = program * strip + step + tl.arange(0, BLOCK_N)
+        in_n = row < N
+        inside = in_n[:, None] & in_d
+        dz = no_blocks()
+        for piece in tl.static_range(PIECES):
+            dz_at = dz_ptr + row[:, None] * (PIECES * WIDTH) + piece * WIDTH + m[None, :]
+            dz += (tl.load(dz_at, mask=in_n[:, None] & (m < WIDTH)[None, :], other=0.0),)
+        if dx_ptr is not None:
+            dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + d[None, :], mask=inside, other=0.0)
+            along = tl.load(along_ptr + row, mask=in_n, other=0.0)
+        dweight_next = no_blocks()
+        for h in tl.static_range(STREAMS):
+            k = (first + h) * D + d
+            x = tl.load(x_ptr + row[:, None] * x_stride_n + k[None, :], mask=inside, other=0.0)
+            if dx_ptr is not None:
+                pre = tl.load(pre_ptr + row * H + first + h, mask=in_n, other=0.0)
+                dx = pre[:, None] * dy.to(COMPUTE) - along[:, None] * x.to(COMPUTE)
+                # Of the products of pieces those count that dx of 2 bytes can show.
+                for piece in tl.static_range(1, OF_WEIGHT):
+                    dx = tl.dot(dz[0], weight[h * OF_WEIGHT + piece], dx)
+                dx = tl.dot(dz[1], weight[h * OF_WEIGHT], dx)
+                dx = tl.dot(dz[0], weight[h * OF_WEIGHT], dx)
+                tl.store(dx_ptr + row[:, None] * (H * D) + k[None, :], dx, mask=inside)
+            if dweight_part_ptr is not None:
+                # A sum of tensor cores is cut off at each step; the compiler makes one of all, were
+                # it not for the question whether there are rows.
+                part = tl.zeros((BLOCK_D, BLOCK_M), COMPUTE)
+                for piece in tl.static_range(PIECES - 1, -1, -1):
+                    part = tl.dot(tl.trans(x.to(PRODUCT)), dz[piece], part)
+                dweight_next += (dweight[h] + tl.where(N > 0, part, 0.0),)
+        if dweight_part_ptr is not None:
+            dweight = dweight_next
+
+    if dweight_part_ptr is not None:
+        for h in tl.static_range(STREAMS):
+            k = (first + h) * D + d
+            out = dweight_part_ptr + (program * M + m[None, :]) * (H * D) + k[:, None]
+            tl.store(out, dweight[h], mask=(d < D)[:, None] & (m < M)[None, :])
+
+
 def _precision_of_mix(x: Tensor, weight: Tensor) -> str:
     """TF32 has all the bits of 2-byte numbers; three products of it have those of float32, and two
     where one side needs but one.
     """
+    if x.dtype is torch.bfloat16:
+        return "ieee"
     if x.element_size() > 2:
         return "tf32x3"
     return "tf32" if weight.element_size() == 2 else "b in two"
 
 
-def _mix_config(M: int, itemsize: int) -> dict:
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type that x is multiplied in: bfloat16 as it is, for of its range are all pieces of what
+    is float32, and of those three have all of the bits.
+    """
+    # The interpreter takes the bits of bfloat16 for integers.
+    if x.dtype is torch.bfloat16 and not interpreting():
+        return x.dtype
+    return accumulator(x.dtype)
+
+
+def _pieces_of(weight: Tensor) -> int:
+    """How many pieces of bfloat16 have the bits of a number of the weight's type."""
+    return {torch.bfloat16: 1, torch.float16: 2}.get(weight.dtype, 3)
+
+
+def _mix_config(M: int, itemsize: int, pieces: bool = False) -> dict:
     """64 tokens share what they read of the weight, and three steps of 8 KiB of x are on their way
     while one is multiplied.
+
+    A weight in pieces is half as many bytes again, and 128 tokens share it: it comes out of the
+    second-level cache, and is then about half of what comes of x.
     """
     if itemsize == 8:
         return {"BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     block_m = min(64, max(16, next_power_of_2(M)))
+    if pieces:
+        tile = {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": block_m}
+        return tile | {"num_warps": 8, "num_stages": 3}
     block_k, stages = (64, 4) if itemsize == 2 else (32, 3)
     tile = {"BLOCK_N": 64, "BLOCK_K": block_k, "BLOCK_M": block_m}
     return tile | {"num_warps": 4 if block_m <= 32 else 8, "num_stages": stages}
@@ -394,7 +541,29 @@ def _bwd_config(M: int, itemsize: int) -> dict:
         side = 4 if itemsize == 8 and block_m > 32 else 16
         tile = {"BLOCK_N": side, "BLOCK_D": side}
         products = {"OF_DX": "ieee", "OF_DWEIGHT": "ieee"}
-    return tile | products | {"BLOCK_M": block_m, "num_warps": 8}
+    return tile | products | {"BLOCK_M": block_m, "num_warps": 8, "per_sm": 2}
+
+
+def _bwd_pieces_config(M: int, H: int) -> dict:
+    """Tokens or columns are 64 at least on either side of a product. Two programs on a
+    multiprocessor: while one multiplies, the other reads and stores.
+    """
+    block_m = max(16, next_power_of_2(M))
+    tile = {"STREAMS": 1, "BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_M": block_m}
+    return tile | {"num_warps": 8, "num_stages": 2, "per_sm": 2}
+
+
+def _weight_pieces(weight: Tensor, x: Tensor) -> Tensor:
+    """Give the weight (M, K) as (PIECES, M, K) of what x is multiplied in: itself, if it has that."""
+    pieces, (M, K) = _pieces_of(weight), weight.shape
+    if pieces == 1:
+        return weight[None]
+    out = weight.new_empty((pieces, M, K), dtype=_product_dtype(x))
+    launch(
+        _mhc_pre_weight_pieces_kernel, (cdiv(K, 1024), M), weight, out, *weight.stride(), K, M,
+        PIECES=pieces, COMPUTE=triton_dtype(accumulator(x.dtype)), BLOCK_K=1024, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def mhc_pre_fwd(
@@ -418,14 +587,17 @@ def mhc_pre_fwd(
     if has_work(y):
         x, bias, scale = as_rows(x.flatten(-2)), unit_stride(bias), unit_stride(scale)
         N, options = len(x), {"COMPUTE": triton_dtype(compute)}
-        config = _mix_config(M, x.element_size())
+        by_pieces = x.dtype is torch.bfloat16
+        weight = _weight_pieces(weight, x) if by_pieces else weight[None]
+        config = _mix_config(M, x.element_size(), by_pieces)
         parts = cdiv(K, _SPAN)
         mix_part, squares_part = mix.new_empty((parts, N, M)), mix.new_empty((parts, N))
         launch(
             _mhc_pre_mix_kernel,
             (cdiv(N, config["BLOCK_N"]), parts, cdiv(M, config["BLOCK_M"])),
             x, weight, mix_part, squares_part, x.stride(0), *weight.stride(), N, K, M,
-            SPAN=_SPAN, PRECISION=_precision_of_mix(x, weight), **options, **config,
+            SPAN=_SPAN, PIECES=len(weight), PRECISION=_precision_of_mix(x, weight),
+            PRODUCT=triton_dtype(_product_dtype(x)), **options, **config,
         )  # fmt: skip
         config = _coefficients_config(H)
         launch(
@@ -481,30 +653,45 @@ def mhc_pre_bwd(
         _mhc_pre_bwd_dpre_kernel, (N,),
         x, dy, dpre, x.stride(0), dy.stride(0), D, **options, **streams_config(D, H),
     )  # fmt: skip
-    config = _coefficients_config(H)
-    programs = cdiv(N, config["BLOCK_N"])
-    dz, along = torch.empty_like(mix), torch.empty_like(rstd)
+    by_pieces = x.dtype is torch.bfloat16 and M <= _MOST_IN_PIECES
+    if by_pieces:
+        # Rows of eights are read as such; dx needs two pieces, and dweight all that it can show.
+        pieces, width = 2 if weight.element_size() == 2 else 3, 8 * cdiv(M, 8)
+        dz = x.new_empty((N, pieces, width), dtype=_product_dtype(x))
+        kernel, config = _mhc_pre_bwd_pieces_kernel, _bwd_pieces_config(M, H)
+        products = {
+            "PIECES": pieces, "OF_WEIGHT": min(2, _pieces_of(weight)),
+            "PRODUCT": triton_dtype(dz.dtype),
+        }  # fmt: skip
+    else:
+        pieces, width = 1, M
+        dz = mix.new_empty((N, pieces, width))
+        kernel, config = _mhc_pre_bwd_kernel, _bwd_config(M, x.element_size())
+        products = {}
+    coefficients = _coefficients_config(H)
+    programs = cdiv(N, coefficients["BLOCK_N"])
+    along = torch.empty_like(rstd)
     scratch = mix.new_empty((iterations - 1, N, H, H))
     dbias_part, dscale_part = mix.new_empty((programs, M)), mix.new_empty((programs, 3))
     launch(
         _mhc_pre_coefficients_bwd_kernel, (programs,),
         mix, rstd, bias, scale, dpre, dpost, dres, scratch, dz, along, dbias_part, dscale_part,
         N, H * D, ITERATIONS=iterations, SINKHORN_EPS=sinkhorn_eps, POST_SCALE=post_scale,
-        **options, **config,
+        PIECES=pieces, WIDTH=width, **options, **coefficients,
     )  # fmt: skip
 
     dweight_part = None
     if need_dx or need_dweight:
-        config = _bwd_config(M, x.element_size())
-        blocks = H * cdiv(D, config["BLOCK_D"])
-        strips, strip = strips_of(N, config["BLOCK_N"], cdiv(2 * sm_count(x.device), blocks))
+        at_once = config.pop("per_sm") * sm_count(x.device)
+        blocks = H // config.get("STREAMS", 1) * cdiv(D, config["BLOCK_D"])
+        strips, strip = strips_of(N, config["BLOCK_N"], max(1, at_once // blocks))
         if need_dweight:
             dweight_part = mix.new_empty((strips, M * H * D))
         launch(
-            _mhc_pre_bwd_kernel, (blocks, strips),
+            kernel, (blocks, strips),
             x, weight, pre, dy, dz, along, dx, dweight_part,
             x.stride(0), *weight.stride(), dy.stride(0), N, D, strip,
-            **options, **config,
+            WIDTH=width, **products, **options, **config,
         )  # fmt: skip
     parts = [dweight_part, dbias_part, dscale_part]
     dweight, dbias, dscale = (

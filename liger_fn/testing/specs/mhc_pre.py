@@ -42,20 +42,21 @@ def benchmark(T: int, H: int, D: int) -> Benchmark:
 
 _FLOATS = {
     "mix_part_ptr", "squares_part_ptr", "mix_ptr", "rstd_ptr", "pre_ptr", "post_ptr", "res_ptr",
-    "dpre_ptr", "dpost_ptr", "dres_ptr", "scratch_ptr", "dz_ptr", "along_ptr", "dbias_part_ptr",
+    "dpre_ptr", "dpost_ptr", "dres_ptr", "scratch_ptr", "along_ptr", "dbias_part_ptr",
     "dscale_part_ptr", "dweight_part_ptr", "weight_ptr", "bias_ptr", "scale_ptr",
 }  # fmt: skip
 
 
 def kernels() -> list[Compilation]:
-    def compiled(id: str, kernel, wide: bool = False, **constants) -> Compilation:
-        """On x of float32 if it is wide, else of bfloat16."""
+    def compiled(id: str, kernel, floats=_FLOATS, dtype: str = "bf16", **constants) -> Compilation:
+        """With what is in `floats` in float32, and all else of `dtype`."""
         options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
         constants["COMPUTE"] = tl.float32
+        constants.pop("per_sm", None)
         runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
-        floats = _FLOATS | ({"x_ptr", "dx_ptr", "dy_ptr", "y_ptr"} if wide else set())
         signature = {
-            n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32" for n in runtime
+            n: "*fp32" if n in floats else f"*{dtype}" if n.endswith("_ptr") else "i32"
+            for n in runtime
         }
         return Compilation(id, kernel, signature, constants, **options)
 
@@ -65,27 +66,43 @@ def kernels() -> list[Compilation]:
         sinkhorn = {"ITERATIONS": 20, "SINKHORN_EPS": 1e-6, "POST_SCALE": 2.0, "H": H}
         sinkhorn |= room._coefficients_config(H)
         streams = room.streams_config(D, H) | {"H": H}
-        for dtype, kind in ((torch.bfloat16, ""), (torch.float32, "fp32-")):
+        dense = {"weight_stride_k": 1}
+        for dtype, kind in ((torch.float16, "fp16"), (torch.float32, "fp32")):
             x, weight = torch.empty(0, dtype=dtype), torch.empty(0)
-            size, wide = x.element_size(), dtype is torch.float32
             mix = {
-                "SPAN": room._SPAN,
-                "PRECISION": room._precision_of_mix(x, weight),
-                **room._mix_config(M, size),
-            }
-            bwd = {"H": H, **room._bwd_config(M, size)}
-            dense = {"weight_stride_k": 1}
+                "SPAN": room._SPAN, "PIECES": 1, "PRECISION": room._precision_of_mix(x, weight),
+                "PRODUCT": tl.float32, **room._mix_config(M, x.element_size()), **dense,
+            }  # fmt: skip
+            bwd = {"H": H, "WIDTH": M, **room._bwd_config(M, x.element_size()), **dense}
+            with_dz = _FLOATS | {"dz_ptr"}
             out += [
-                compiled(f"mix-{kind}{of}", room._mhc_pre_mix_kernel, wide, **dense, **mix),
-                compiled(f"bwd-{kind}{of}", room._mhc_pre_bwd_kernel, wide, **dense, **bwd),
+                compiled(f"mix-{kind}-{of}", room._mhc_pre_mix_kernel, dtype=kind, **mix),
+                compiled(f"bwd-{kind}-{of}", room._mhc_pre_bwd_kernel, with_dz, kind, **bwd),
             ]
+        for pieces, floats, kind in ((3, _FLOATS, ""), (1, _FLOATS - {"weight_ptr"}, "bf16-")):
+            mix = {
+                "SPAN": room._SPAN, "PIECES": pieces, "PRECISION": "ieee",
+                "PRODUCT": tl.bfloat16, **room._mix_config(M, 2, True), **dense,
+            }  # fmt: skip
+            pieces_of_x = _FLOATS - {"weight_ptr"}
+            out.append(compiled(f"mix-{kind}{of}", room._mhc_pre_mix_kernel, pieces_of_x, **mix))
+            if M <= room._MOST_IN_PIECES:
+                bwd = {
+                    "PIECES": max(2, pieces), "OF_WEIGHT": min(2, pieces), "PRODUCT": tl.bfloat16,
+                    "WIDTH": 8 * -(-M // 8), "H": H, **room._bwd_pieces_config(M, H), **dense,
+                }  # fmt: skip
+                kernel = room._mhc_pre_bwd_pieces_kernel
+                out.append(compiled(f"bwd-{kind}{of}", kernel, floats, **bwd))
         fwd = {"EPS": 1e-6, "PRE_EPS": 0.0, **sinkhorn}
+        bwd = {"PIECES": 3, "WIDTH": 8 * -(-M // 8), **sinkhorn}
         out += [
             compiled(f"coefficients-fwd-{of}", room._mhc_pre_coefficients_fwd_kernel, **fwd),
-            compiled(f"coefficients-bwd-{of}", room._mhc_pre_coefficients_bwd_kernel, **sinkhorn),
+            compiled(f"coefficients-bwd-{of}", room._mhc_pre_coefficients_bwd_kernel, **bwd),
             compiled(f"fwd-{of}", room._mhc_pre_fwd_kernel, **streams),
             compiled(f"dpre-{of}", room._mhc_pre_bwd_dpre_kernel, **streams),
         ]
+    weight = {"PIECES": 3, "BLOCK_K": 1024}
+    out.append(compiled("weight-pieces", room._mhc_pre_weight_pieces_kernel, **weight))
     return out
 
 
