@@ -440,6 +440,14 @@ def _mhc_pre_bwd_pieces_kernel(
             x = tl.load(x_ptr + row[:, None] * x_stride_n + k[None, :], mask=inside, other=0.0)
             if dx_ptr is not None:
                 pre = tl.load(pre_ptr + row * H + first + h, mask=in_n, other=0.0)
+            if dweight_part_ptr is not None:
+                # A sum of tensor cores is cut off at each step; the compiler makes one of all, were
+                # it not for the question whether there are rows. What dx needs arrives meanwhile.
+                part = tl.zeros((BLOCK_D, BLOCK_M), COMPUTE)
+                for piece in tl.static_range(PIECES - 1, -1, -1):
+                    part = tl.dot(tl.trans(x.to(PRODUCT)), dz[piece], part)
+                dweight_next += (dweight[h] + tl.where(N > 0, part, 0.0),)
+            if dx_ptr is not None:
                 dx = pre[:, None] * dy.to(COMPUTE) - along[:, None] * x.to(COMPUTE)
                 # Of the products of pieces those count that dx of 2 bytes can show.
                 for piece in tl.static_range(1, OF_WEIGHT):
@@ -447,13 +455,6 @@ def _mhc_pre_bwd_pieces_kernel(
                 dx = tl.dot(dz[1], weight[h * OF_WEIGHT], dx)
                 dx = tl.dot(dz[0], weight[h * OF_WEIGHT], dx)
                 tl.store(dx_ptr + row[:, None] * (H * D) + k[None, :], dx, mask=inside)
-            if dweight_part_ptr is not None:
-                # A sum of tensor cores is cut off at each step; the compiler makes one of all, were
-                # it not for the question whether there are rows.
-                part = tl.zeros((BLOCK_D, BLOCK_M), COMPUTE)
-                for piece in tl.static_range(PIECES - 1, -1, -1):
-                    part = tl.dot(tl.trans(x.to(PRODUCT)), dz[piece], part)
-                dweight_next += (dweight[h] + tl.where(N > 0, part, 0.0),)
         if dweight_part_ptr is not None:
             dweight = dweight_next
 
@@ -550,7 +551,7 @@ def _bwd_pieces_config(M: int, H: int) -> dict:
     """
     block_m = max(16, next_power_of_2(M))
     tile = {"STREAMS": 1, "BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_M": block_m}
-    return tile | {"num_warps": 8, "num_stages": 2, "per_sm": 2}
+    return tile | {"num_warps": 4, "num_stages": 3, "per_sm": 2}
 
 
 def _weight_pieces(weight: Tensor, x: Tensor) -> Tensor:
