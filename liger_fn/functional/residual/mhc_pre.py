@@ -31,6 +31,7 @@ from liger_fn.functional.core.launch import (
     dense_like,
     has_work,
     next_power_of_2,
+    shared_memory,
     sm_count,
     tl,
     triton,
@@ -45,6 +46,9 @@ MOST_STREAMS = 16
 # Columns that one program multiplies. Two thousand tokens of 16384 columns then keep a chip busy,
 # and the bits of a token do not depend on how many are beside it.
 _SPAN = 4096
+
+# Tokens of which one program sums dweight, or a few more.
+_LONGEST_STRIP = 2048
 
 # Beside more coefficients than these there is no room for the pieces of both factors.
 _MOST_IN_PIECES = 64
@@ -405,7 +409,7 @@ def _mhc_pre_bwd_pieces_kernel(
     x_stride_n, weight_stride_m, weight_stride_k, dy_stride_n, N, D, strip,
     PIECES: tl.constexpr, WIDTH: tl.constexpr, OF_WEIGHT: tl.constexpr, PRODUCT: tl.constexpr,
     COMPUTE: tl.constexpr, H: tl.constexpr, STREAMS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same of x of 2 bytes, multiplied as it is; dz comes in pieces of its type."""
     M: tl.constexpr = H * H + 2 * H
@@ -423,7 +427,7 @@ def _mhc_pre_bwd_pieces_kernel(
         weight += _in_pieces(w, OF_WEIGHT, PRODUCT)
         dweight += (tl.zeros((BLOCK_D, BLOCK_M), COMPUTE),)
 
-    for step in range(0, strip, BLOCK_N):
+    for step in tl.range(0, strip, BLOCK_N, num_stages=STAGES):
         row = program * strip + step + tl.arange(0, BLOCK_N)
         in_n = row < N
         inside = in_n[:, None] & in_d
@@ -441,12 +445,10 @@ def _mhc_pre_bwd_pieces_kernel(
             if dx_ptr is not None:
                 pre = tl.load(pre_ptr + row * H + first + h, mask=in_n, other=0.0)
             if dweight_part_ptr is not None:
-                # A sum of tensor cores is cut off at each step; the compiler makes one of all, were
-                # it not for the question whether there are rows. What dx needs arrives meanwhile.
-                part = tl.zeros((BLOCK_D, BLOCK_M), COMPUTE)
+                total = dweight[h]
                 for piece in tl.static_range(PIECES - 1, -1, -1):
-                    part = tl.dot(tl.trans(x.to(PRODUCT)), dz[piece], part)
-                dweight_next += (dweight[h] + tl.where(N > 0, part, 0.0),)
+                    total = tl.dot(tl.trans(x.to(PRODUCT)), dz[piece], total)
+                dweight_next += (total,)
             if dx_ptr is not None:
                 dx = pre[:, None] * dy.to(COMPUTE) - along[:, None] * x.to(COMPUTE)
                 # Of the products of pieces those count that dx of 2 bytes can show.
@@ -502,8 +504,9 @@ def _mix_config(M: int, itemsize: int, pieces: bool = False) -> dict:
         return {"BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     block_m = min(64, max(16, next_power_of_2(M)))
     if pieces:
-        tile = {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": block_m}
-        return tile | {"num_warps": 8, "num_stages": 3}
+        block_k, stages = (64, 3) if block_m <= 32 else (32, 4)
+        tile = {"BLOCK_N": 128, "BLOCK_K": block_k, "BLOCK_M": block_m}
+        return tile | {"num_warps": 8, "num_stages": stages}
     block_k, stages = (64, 4) if itemsize == 2 else (32, 3)
     tile = {"BLOCK_N": 64, "BLOCK_K": block_k, "BLOCK_M": block_m}
     return tile | {"num_warps": 4 if block_m <= 32 else 8, "num_stages": stages}
@@ -545,13 +548,17 @@ def _bwd_config(M: int, itemsize: int) -> dict:
     return tile | products | {"BLOCK_M": block_m, "num_warps": 8, "per_sm": 2}
 
 
-def _bwd_pieces_config(M: int, H: int) -> dict:
-    """Tokens or columns are 64 at least on either side of a product. Two programs on a
-    multiprocessor: while one multiplies, the other reads and stores.
+def _bwd_pieces_config(M: int, H: int, shared: int) -> dict:
+    """Tokens and columns are 64, the least that the widest products of tiles take. Two streams of a
+    program share what they read of dy and dz, which all of it comes out of the second-level cache,
+    and have the registers for it; two programs are on a multiprocessor.
+
+    Where their shared memory would not do, no tile is on its way while another is multiplied.
     """
     block_m = max(16, next_power_of_2(M))
-    tile = {"STREAMS": 1, "BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_M": block_m}
-    return tile | {"num_warps": 4, "num_stages": 3, "per_sm": 2}
+    streams = 2 if block_m <= 32 and H % 2 == 0 else 1
+    tile = {"STREAMS": streams, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_M": block_m}
+    return tile | {"STAGES": 3 if shared >= 131072 else 2, "num_warps": 4, "per_sm": 2}
 
 
 def _weight_pieces(weight: Tensor, x: Tensor) -> Tensor:
@@ -659,7 +666,7 @@ def mhc_pre_bwd(
         # Rows of eights are read as such; dx needs two pieces, and dweight all that it can show.
         pieces, width = 2 if weight.element_size() == 2 else 3, 8 * cdiv(M, 8)
         dz = x.new_empty((N, pieces, width), dtype=_product_dtype(x))
-        kernel, config = _mhc_pre_bwd_pieces_kernel, _bwd_pieces_config(M, H)
+        kernel, config = _mhc_pre_bwd_pieces_kernel, _bwd_pieces_config(M, H, shared_memory(x.device))
         products = {
             "PIECES": pieces, "OF_WEIGHT": min(2, _pieces_of(weight)),
             "PRODUCT": triton_dtype(dz.dtype),
@@ -685,7 +692,10 @@ def mhc_pre_bwd(
     if need_dx or need_dweight:
         at_once = config.pop("per_sm") * sm_count(x.device)
         blocks = H // config.get("STREAMS", 1) * cdiv(D, config["BLOCK_D"])
-        strips, strip = strips_of(N, config["BLOCK_N"], max(1, at_once // blocks))
+        # All of a chip's programs at once, once or several times: a sum of tensor cores is cut off
+        # at each step, and those of a longer strip would show it.
+        turns = cdiv(N * blocks, _LONGEST_STRIP * at_once)
+        strips, strip = strips_of(N, config["BLOCK_N"], max(1, turns * at_once // blocks))
         if need_dweight:
             dweight_part = mix.new_empty((strips, M * H * D))
         launch(

@@ -61,7 +61,7 @@ def kernels() -> list[Compilation]:
         return Compilation(id, kernel, signature, constants, **options)
 
     out = []
-    for H, D in ((4, 4096), (2, 2048), (8, 2048), (16, 512), (3, 2560)):
+    for H, D in ((4, 4096), (2, 2048), (6, 2048), (8, 2048), (16, 512), (3, 2560)):
         M, of = H * H + 2 * H, f"{H}x{D}"
         sinkhorn = {"ITERATIONS": 20, "SINKHORN_EPS": 1e-6, "POST_SCALE": 2.0, "H": H}
         sinkhorn |= room._coefficients_config(H)
@@ -89,10 +89,12 @@ def kernels() -> list[Compilation]:
             if M <= room._MOST_IN_PIECES:
                 bwd = {
                     "PIECES": max(2, pieces), "OF_WEIGHT": min(2, pieces), "PRODUCT": tl.bfloat16,
-                    "WIDTH": 8 * -(-M // 8), "H": H, **room._bwd_pieces_config(M, H), **dense,
+                    "WIDTH": 8 * -(-M // 8), "H": H, **dense,
                 }  # fmt: skip
                 kernel = room._mhc_pre_bwd_pieces_kernel
-                out.append(compiled(f"bwd-{kind}{of}", kernel, floats, **bwd))
+                for chip, shared in (("", 232448), ("small-", 101376)):
+                    config = room._bwd_pieces_config(M, H, shared)
+                    out.append(compiled(f"bwd-{chip}{kind}{of}", kernel, floats, **bwd, **config))
         fwd = {"EPS": 1e-6, "PRE_EPS": 0.0, **sinkhorn}
         bwd = {"PIECES": 3, "WIDTH": 8 * -(-M // 8), **sinkhorn}
         out += [
@@ -171,8 +173,11 @@ SPEC = OpSpec(
     benchmarks=(benchmark(8192, 4, 4096), benchmark(4096, 4, 7168), benchmark(8192, 4, 2560)),
     launches=(
         Launch(room, "_mix_config", "fwd",
-               around(("BLOCK_N", "BLOCK_K"), BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128),
+               around(("BLOCK_N", "BLOCK_K"), BLOCK_N=(64, 128, 256), BLOCK_K=(32, 64, 128),
                       num_warps=(4, 8), num_stages=(3, 4, 5))),
+        Launch(room, "_bwd_pieces_config", "bwd",
+               around(("BLOCK_N", "BLOCK_D"), STREAMS=(1, 2), BLOCK_N=(64, 128),
+                      BLOCK_D=(64, 128), STAGES=(2, 3), num_warps=(4, 8))),
         Launch(room, "_bwd_config", "bwd",
                around(("BLOCK_N", "BLOCK_D"), BLOCK_N=(16, 32, 64), BLOCK_D=(32, 64, 128),
                       num_warps=(4, 8))),
