@@ -14,6 +14,12 @@ The product has so few columns, M = H² + 2·H, that reading x is what it costs;
 sums its squares too. Memory traffic in bytes per element of a 2-byte x: 4 forward, and 2 / H to
 write y; 6 backward, and 4 / H to read dy. Kept are x, and M + H + 1 numbers of float32 a token:
 mix, pre and rstd. Sums over tokens and over parts of x have a fixed order.
+
+Only as it is can x be multiplied as fast as it is read: of bfloat16 it goes to the tensor cores
+untouched, and what is float32 beside it, weight and dz, goes there in pieces of bfloat16, of which
+it is the sum. Three have all of its bits and its range; of dx, which has 2 bytes, two of each factor
+are more than can be seen. Pieces of float16 would lack the range: beside x of float16, and of more
+bytes, they are of TF32, made anew for each tile.
 """
 
 import torch
@@ -49,9 +55,6 @@ _SPAN = 4096
 
 # Tokens of which one program sums dweight, or a few more.
 _LONGEST_STRIP = 2048
-
-# Beside more coefficients than these there is no room for the pieces of both factors.
-_MOST_IN_PIECES = 64
 
 
 def reference(
@@ -122,10 +125,10 @@ def _mhc_pre_weight_pieces_kernel(
     weight_ptr, pieces_ptr, weight_stride_m, weight_stride_k, K, M,
     PIECES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(1)
+    m = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     w = tl.load(weight_ptr + m * weight_stride_m + k * weight_stride_k, mask=k < K, other=0.0)
-    _store_pieces(pieces_ptr + m * K + k, w.to(COMPUTE), k < K, M * K, PIECES)
+    _store_pieces(pieces_ptr + m * K + k, w.to(COMPUTE), k < K, M.to(tl.int64) * K, PIECES)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -155,7 +158,7 @@ def _mhc_pre_mix_kernel(
         # The compiler would make one of all, were it not for the question whether there are rows.
         step = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
         for piece in tl.static_range(PIECES - 1, -1, -1):
-            w_at = w_row + piece * weight_stride_p + k[None, :] * weight_stride_k
+            w_at = w_row + piece * weight_stride_p.to(tl.int64) + k[None, :] * weight_stride_k
             w = tl.load(w_at, mask=(m < M)[:, None] & in_k, other=0.0)
             step = _product(x.to(PRODUCT), tl.trans(w.to(PRODUCT)), step, PRECISION)
         mix += tl.where(N > 0, step, 0.0)
@@ -548,21 +551,26 @@ def _bwd_config(M: int, itemsize: int) -> dict:
     return tile | products | {"BLOCK_M": block_m, "num_warps": 8, "per_sm": 2}
 
 
-def _bwd_pieces_config(M: int, H: int, shared: int) -> dict:
-    """Tokens and columns are 64, the least that the widest products of tiles take. Two streams of a
-    program share what they read of dy and dz, which all of it comes out of the second-level cache,
-    and have the registers for it; two programs are on a multiprocessor.
+def _bwd_is_by_pieces(M: int, dtype: torch.dtype, shared: int) -> bool:
+    """Whether the factors have room in shared memory, in pieces. Chips that have less of it take
+    tiles out of registers, which pieces would not fit into.
+    """
+    return dtype is torch.bfloat16 and M <= 64 and shared >= 196608
 
-    Where their shared memory would not do, no tile is on its way while another is multiplied.
+
+def _bwd_pieces_config(M: int, H: int) -> dict:
+    """Tokens and columns are 64, the least that the widest products of tiles take. Two streams of a
+    program share what they read of dy and dz, all of which comes out of the second-level cache, and
+    have the registers for it; two programs are on a multiprocessor.
     """
     block_m = max(16, next_power_of_2(M))
     streams = 2 if block_m <= 32 and H % 2 == 0 else 1
     tile = {"STREAMS": streams, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_M": block_m}
-    return tile | {"STAGES": 3 if shared >= 131072 else 2, "num_warps": 4, "per_sm": 2}
+    return tile | {"STAGES": 3, "num_warps": 4, "per_sm": 2}
 
 
 def _weight_pieces(weight: Tensor, x: Tensor) -> Tensor:
-    """Give the weight (M, K) as (PIECES, M, K) of what x is multiplied in: itself, if it has that."""
+    """Give the weight (M, K) in pieces (PIECES, M, K) of the type that x is multiplied in."""
     pieces, (M, K) = _pieces_of(weight), weight.shape
     if pieces == 1:
         return weight[None]
@@ -661,12 +669,11 @@ def mhc_pre_bwd(
         _mhc_pre_bwd_dpre_kernel, (N,),
         x, dy, dpre, x.stride(0), dy.stride(0), D, **options, **streams_config(D, H),
     )  # fmt: skip
-    by_pieces = x.dtype is torch.bfloat16 and M <= _MOST_IN_PIECES
-    if by_pieces:
+    if _bwd_is_by_pieces(M, x.dtype, shared_memory(x.device)):
         # Rows of eights are read as such; dx needs two pieces, and dweight all that it can show.
         pieces, width = 2 if weight.element_size() == 2 else 3, 8 * cdiv(M, 8)
         dz = x.new_empty((N, pieces, width), dtype=_product_dtype(x))
-        kernel, config = _mhc_pre_bwd_pieces_kernel, _bwd_pieces_config(M, H, shared_memory(x.device))
+        kernel, config = _mhc_pre_bwd_pieces_kernel, _bwd_pieces_config(M, H)
         products = {
             "PIECES": pieces, "OF_WEIGHT": min(2, _pieces_of(weight)),
             "PRODUCT": triton_dtype(dz.dtype),
@@ -781,7 +788,8 @@ def mhc_pre(
     Precision: computed in float32 (float64 for float64 x), the product too, whatever autocast says;
         gradients are those of the iterations done, and are rounded once.
     Memory: x, the parameters and 4 · (H² + 3·H + 1) bytes a token live until the backward pass,
-        which needs 4 · H² · (iterations − 1) bytes a token for a while.
+        which needs 4 · H² · (iterations − 1) bytes a token for a while. A weight of float32 beside
+        x of bfloat16 needs one and a half times its bytes during the forward pass.
     Source: Xie et al., "mHC: Manifold-Constrained Hyper-Connections", 2025; arXiv:2512.24880.
     """
     op = "mhc_pre"

@@ -50,7 +50,8 @@ _FLOATS = {
 def kernels() -> list[Compilation]:
     def compiled(id: str, kernel, floats=_FLOATS, dtype: str = "bf16", **constants) -> Compilation:
         """With what is in `floats` in float32, and all else of `dtype`."""
-        options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+        of_launch = "num_warps", "num_stages", "chips"
+        options = {n: constants.pop(n) for n in of_launch if n in constants}
         constants["COMPUTE"] = tl.float32
         constants.pop("per_sm", None)
         runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
@@ -86,15 +87,13 @@ def kernels() -> list[Compilation]:
             }  # fmt: skip
             pieces_of_x = _FLOATS - {"weight_ptr"}
             out.append(compiled(f"mix-{kind}{of}", room._mhc_pre_mix_kernel, pieces_of_x, **mix))
-            if M <= room._MOST_IN_PIECES:
+            if room._bwd_is_by_pieces(M, torch.bfloat16, 232448):
                 bwd = {
                     "PIECES": max(2, pieces), "OF_WEIGHT": min(2, pieces), "PRODUCT": tl.bfloat16,
-                    "WIDTH": 8 * -(-M // 8), "H": H, **dense,
+                    "WIDTH": 8 * -(-M // 8), "H": H, **room._bwd_pieces_config(M, H), **dense,
                 }  # fmt: skip
                 kernel = room._mhc_pre_bwd_pieces_kernel
-                for chip, shared in (("", 232448), ("small-", 101376)):
-                    config = room._bwd_pieces_config(M, H, shared)
-                    out.append(compiled(f"bwd-{chip}{kind}{of}", kernel, floats, **bwd, **config))
+                out.append(compiled(f"bwd-{kind}{of}", kernel, floats, **bwd, chips=(90, 100)))
         fwd = {"EPS": 1e-6, "PRE_EPS": 0.0, **sinkhorn}
         bwd = {"PIECES": 3, "WIDTH": 8 * -(-M // 8), **sinkhorn}
         out += [
