@@ -17,9 +17,9 @@ mix, pre and rstd. Sums over tokens and over parts of x have a fixed order.
 
 Only as it is can x be multiplied as fast as it is read: of bfloat16 it goes to the tensor cores
 untouched, and what is float32 beside it, weight and dz, goes there in pieces of bfloat16, of which
-it is the sum. Three have all of its bits and its range; of dx, which has 2 bytes, two of each factor
-are more than can be seen. Pieces of float16 would lack the range: beside x of float16, and of more
-bytes, they are of TF32, made anew for each tile.
+it is the sum. Three have all of its bits and its range; of dx, which has 2 bytes, two of each
+factor are more than can be seen. Pieces of float16 would lack the range: beside x of float16, and
+of more bytes, they are of TF32, made anew for each tile.
 """
 
 import torch
