@@ -530,14 +530,29 @@ def streams_config(D: int, H: int) -> dict:
     return {"BLOCK_D": block_d, "BLOCK_H": next_power_of_2(H), "num_warps": num_warps}
 
 
-def _bwd_config(M: int, itemsize: int) -> dict:
+def _bwd_is_by_pieces(M: int, dtype: torch.dtype, shared: int) -> bool:
+    """Whether the factors have room in shared memory, in pieces. Chips that have less of it take
+    tiles out of registers, which pieces would not fit into.
+    """
+    return dtype is torch.bfloat16 and M <= 64 and shared >= 196608
+
+
+def _bwd_config(M: int, H: int, itemsize: int, pieces: bool = False) -> dict:
     """Tiles whose share of dweight and whose dx have 16 numbers a thread each, so that x, dy and dz
     have room beside them.
 
     dz is float32, as dweight may be; of a dx of 2 bytes TF32 is four times as fine. Many
     coefficients have no room for the parts of their products: float32 is multiplied as it is.
+
+    Of pieces, tokens and columns are 64, the least that the widest products of tiles take. Two
+    streams of a program share what they read of dy and dz, all of which comes out of the
+    second-level cache, and have the registers for it; two programs are on a multiprocessor.
     """
     block_m = max(16, next_power_of_2(M))
+    if pieces:
+        streams = 2 if block_m <= 32 and H % 2 == 0 else 1
+        tile = {"STREAMS": streams, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_M": block_m}
+        return tile | {"STAGES": 3, "num_warps": 4, "per_sm": 2}
     if itemsize == 2 and block_m <= 128:
         tile = {"BLOCK_N": 32, "BLOCK_D": 8192 // max(64, block_m)}
         products = {"OF_DX": "tf32", "OF_DWEIGHT": "a in two"}
@@ -549,24 +564,6 @@ def _bwd_config(M: int, itemsize: int) -> dict:
         tile = {"BLOCK_N": side, "BLOCK_D": side}
         products = {"OF_DX": "ieee", "OF_DWEIGHT": "ieee"}
     return tile | products | {"BLOCK_M": block_m, "num_warps": 8, "per_sm": 2}
-
-
-def _bwd_is_by_pieces(M: int, dtype: torch.dtype, shared: int) -> bool:
-    """Whether the factors have room in shared memory, in pieces. Chips that have less of it take
-    tiles out of registers, which pieces would not fit into.
-    """
-    return dtype is torch.bfloat16 and M <= 64 and shared >= 196608
-
-
-def _bwd_pieces_config(M: int, H: int) -> dict:
-    """Tokens and columns are 64, the least that the widest products of tiles take. Two streams of a
-    program share what they read of dy and dz, all of which comes out of the second-level cache, and
-    have the registers for it; two programs are on a multiprocessor.
-    """
-    block_m = max(16, next_power_of_2(M))
-    streams = 2 if block_m <= 32 and H % 2 == 0 else 1
-    tile = {"STREAMS": streams, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_M": block_m}
-    return tile | {"STAGES": 3, "num_warps": 4, "per_sm": 2}
 
 
 def _weight_pieces(weight: Tensor, x: Tensor) -> Tensor:
@@ -669,11 +666,13 @@ def mhc_pre_bwd(
         _mhc_pre_bwd_dpre_kernel, (N,),
         x, dy, dpre, x.stride(0), dy.stride(0), D, **options, **streams_config(D, H),
     )  # fmt: skip
-    if _bwd_is_by_pieces(M, x.dtype, shared_memory(x.device)):
+    by_pieces = _bwd_is_by_pieces(M, x.dtype, shared_memory(x.device))
+    config = _bwd_config(M, H, x.element_size(), by_pieces)
+    if by_pieces:
         # Rows of eights are read as such; dx needs two pieces, and dweight all that it can show.
         pieces, width = 2 if weight.element_size() == 2 else 3, 8 * cdiv(M, 8)
         dz = x.new_empty((N, pieces, width), dtype=_product_dtype(x))
-        kernel, config = _mhc_pre_bwd_pieces_kernel, _bwd_pieces_config(M, H)
+        kernel = _mhc_pre_bwd_pieces_kernel
         products = {
             "PIECES": pieces, "OF_WEIGHT": min(2, _pieces_of(weight)),
             "PRODUCT": triton_dtype(dz.dtype),
@@ -681,8 +680,7 @@ def mhc_pre_bwd(
     else:
         pieces, width = 1, M
         dz = mix.new_empty((N, pieces, width))
-        kernel, config = _mhc_pre_bwd_kernel, _bwd_config(M, x.element_size())
-        products = {}
+        kernel, products = _mhc_pre_bwd_kernel, {}
     coefficients = _coefficients_config(H)
     programs = cdiv(N, coefficients["BLOCK_N"])
     along = torch.empty_like(rstd)

@@ -74,7 +74,7 @@ def kernels() -> list[Compilation]:
                 "SPAN": room._SPAN, "PIECES": 1, "PRECISION": room._precision_of_mix(x, weight),
                 "PRODUCT": tl.float32, **room._mix_config(M, x.element_size()), **dense,
             }  # fmt: skip
-            bwd = {"H": H, "WIDTH": M, **room._bwd_config(M, x.element_size()), **dense}
+            bwd = {"H": H, "WIDTH": M, **room._bwd_config(M, H, x.element_size()), **dense}
             with_dz = _FLOATS | {"dz_ptr"}
             out += [
                 compiled(f"mix-{kind}-{of}", room._mhc_pre_mix_kernel, dtype=kind, **mix),
@@ -90,7 +90,7 @@ def kernels() -> list[Compilation]:
             if room._bwd_is_by_pieces(M, torch.bfloat16, 232448):
                 bwd = {
                     "PIECES": max(2, pieces), "OF_WEIGHT": min(2, pieces), "PRODUCT": tl.bfloat16,
-                    "WIDTH": 8 * -(-M // 8), "H": H, **room._bwd_pieces_config(M, H), **dense,
+                    "WIDTH": 8 * -(-M // 8), "H": H, **room._bwd_config(M, H, 2, True), **dense,
                 }  # fmt: skip
                 kernel = room._mhc_pre_bwd_pieces_kernel
                 out.append(compiled(f"bwd-{kind}{of}", kernel, floats, **bwd, chips=(90, 100)))
@@ -174,12 +174,9 @@ SPEC = OpSpec(
         Launch(room, "_mix_config", "fwd",
                around(("BLOCK_N", "BLOCK_K"), BLOCK_N=(64, 128, 256), BLOCK_K=(32, 64, 128),
                       num_warps=(4, 8), num_stages=(3, 4, 5))),
-        Launch(room, "_bwd_pieces_config", "bwd",
-               around(("BLOCK_N", "BLOCK_D"), STREAMS=(1, 2), BLOCK_N=(64, 128),
-                      BLOCK_D=(64, 128), STAGES=(2, 3), num_warps=(4, 8))),
         Launch(room, "_bwd_config", "bwd",
-               around(("BLOCK_N", "BLOCK_D"), BLOCK_N=(16, 32, 64), BLOCK_D=(32, 64, 128),
-                      num_warps=(4, 8))),
+               around(("BLOCK_N", "BLOCK_D"), STREAMS=(1, 2), BLOCK_N=(16, 64, 128),
+                      BLOCK_D=(64, 128), STAGES=(2, 3), num_warps=(4, 8))),
     ),
     huge=Case(
         "131328x4x4096",
