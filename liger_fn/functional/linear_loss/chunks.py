@@ -183,10 +183,10 @@ def pull_back(
     With `onto` the first rows add to dweight, too.
     """
     later = rows.start > 0
-    if dx is not None:
-        head.dx(g, weight, rows, dx)
     if dweight is not None:
         head.dweight(g, rows, dweight, add=later or onto)
+    if dx is not None:
+        head.dx(g, weight, rows, dx)
     if dbias is not None:
         total = g.sum(0, dtype=dbias.dtype)
         torch.add(dbias, total, out=dbias) if later else dbias.copy_(total)

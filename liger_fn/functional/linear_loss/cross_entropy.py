@@ -487,7 +487,7 @@ def fused_linear_cross_entropy(
         inputs.
     Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in
         float32 another 4·V·H bytes (for those of two chunks in 16 bits 128 MiB, before Hopper). On
-        Hopper also x once more, those rows of dx, and 17 MiB; but no logits without gradients.
+        Hopper also x once more and 17 MiB; but no logits without gradients.
         Until the backward pass live weight, x, y and, for "mean" and "sum", the wanted gradients;
         for "none" the logits if the budget holds all of them, else 4 bytes a row, and the backward
         pass makes them again. The reference, which is what runs on a CPU, holds all logits.

@@ -368,7 +368,10 @@ class AllRows:
             torch.addmm(bias, self.x[rows], weight.t(), out=out)
 
     def dx(self, g: Tensor, weight: Tensor, rows: slice, dx: Tensor) -> None:
-        """Write dx of these rows, for the gradient g of their logits, to where they are."""
+        """Write dx of these rows, for the gradient g of their logits, to where they are.
+
+        It is the last that is done with these rows.
+        """
         _product(g, weight, dx[rows])
 
     def dweight(self, g: Tensor, rows: slice, dweight: Tensor, add: bool) -> None:
@@ -433,7 +436,8 @@ class Counted(AllRows):
         config, programs = tiles_config(), sm_count(g.device)
         m, n, k = (config[f"BLOCK_{a}"] for a in "MNK")
         (N, V), H = g.shape, weight.shape[1]
-        in_order = dx.new_empty((N, H))
+        # These rows of x are of no use any more.
+        in_order = self.x[rows] if dx.dtype is self.x.dtype else dx.new_empty((N, H))
         parts = dx.new_empty((programs * m, n), dtype=torch.float32)
         pieces = _pieces(dx)
         _dx_kernel[(programs,)](
