@@ -23,8 +23,9 @@ PyTorch's flex_attention takes such windows as a mask of blocks. Of it there is 
 vmap, no second derivative and, on a CPU, no gradient.
 """
 
-from collections.abc import Callable
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ Window = Literal["shifted", "cut", "causal"]
 WINDOWS = ("shifted", "cut", "causal")
 # Wider heads fill the registers with one tile of each tensor.
 WIDEST = 256
+# Where a key is that no window sees, and, negative, a window that sees no key.
+_NOWHERE = tl.constexpr(-(1 << 30))
 
 
 def reference(
@@ -126,72 +129,125 @@ def _product(a, b, acc):
 
 
 @triton.jit
+def _power(x):
+    """2ˣ, one instruction; of float64, whose FACTOR is another, eˣ."""
+    if x.dtype == tl.float64:
+        power = tl.exp(x)
+    else:
+        power = tl.exp2(x)
+    return power
+
+
+@triton.jit
 def _tile_of_program(
-    T1, T2, DILATION_1: tl.constexpr, DILATION_2: tl.constexpr,
-    TILE_1: tl.constexpr, TILE_2: tl.constexpr,
+    H, T1, T2, DILATION_1: tl.constexpr, DILATION_2: tl.constexpr,
+    STEP_1: tl.constexpr, STEP_2: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """Give a program's image, the residues of its tokens, and the first of them in its sequence."""
+    """Give a program's sample and head, the residues of its tokens, and the first of them.
+
+    Heads lie side by side in a projection, so those of one tile are read at about the same time.
+    """
     program = tl.program_id(0)
-    tiles_1 = tl.cdiv(tl.cdiv(T1, DILATION_1), TILE_1)
-    tiles_2 = tl.cdiv(tl.cdiv(T2, DILATION_2), TILE_2)
-    first_2 = program % tiles_2 * TILE_2
+    head = program % H
+    program //= H
+    tiles_2 = tl.cdiv(tl.cdiv(T2, DILATION_2), STEP_2)
+    first_2 = program % tiles_2 * STEP_2
     program //= tiles_2
-    first_1 = program % tiles_1 * TILE_1
-    program //= tiles_1
+    r1, first_1 = 0, 0
+    if not LINE:
+        tiles_1 = tl.cdiv(tl.cdiv(T1, DILATION_1), STEP_1)
+        first_1 = program % tiles_1 * STEP_1
+        program //= tiles_1
+        r1 = program % DILATION_1
+        program //= DILATION_1
     r2 = program % DILATION_2
-    program //= DILATION_2
-    return (program // DILATION_1).to(tl.int64), program % DILATION_1, r2, first_1, first_2
+    return (program // DILATION_2).to(tl.int64), head, r1, r2, first_1, first_2
 
 
 @triton.jit
-def _tokens(p1, p2, r1, r2, T2, DILATION_1: tl.constexpr, DILATION_2: tl.constexpr):
+def _block(
+    low_1, low_2, high_1, high_2,
+    SIZE: tl.constexpr, SIZE_2: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Give where the tokens of a block are in their sequences, and whether below the bounds."""
+    n = tl.arange(0, SIZE)
+    p1, p2 = low_1 + n // SIZE_2, low_2 + n % SIZE_2
+    inside = p2 < high_2
+    if not LINE:
+        inside &= p1 < high_1
+    return p1, p2, inside
+
+
+@triton.jit
+def _is_owned(
+    p1, p2, inside, first_1, first_2,
+    STEP_1: tl.constexpr, STEP_2: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Say which tokens of a block are those that a program stores."""
+    owned = inside & (p2 >= first_2) & (p2 < first_2 + STEP_2)
+    if not LINE:
+        owned &= (p1 >= first_1) & (p1 < first_1 + STEP_1)
+    return owned
+
+
+@triton.jit
+def _tokens(
+    p1, p2, r1, r2, T2, DILATION_1: tl.constexpr, DILATION_2: tl.constexpr,
+    LINE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
     """Give which tokens those at p1 and p2 of their sequences are."""
-    return (p1 * DILATION_1 + r1).to(tl.int64) * T2 + p2 * DILATION_2 + r2
+    token = p2.to(OFFSET) * DILATION_2 + r2
+    if not LINE:
+        token += (p1.to(OFFSET) * DILATION_1 + r1) * T2
+    return token
 
 
 @triton.jit
-def _keys_of(p, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
-    """Give the first key in the window of query p of L, and the one after the last."""
-    begin, end = tl.maximum(p - LEFT, 0), tl.minimum(p - LEFT + KERNEL, L)
+def _first_key(p, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
+    """Give where the window of query p of L begins: unless it is shifted, maybe before the first."""
+    begin = p - LEFT
     if SHIFTED:
-        begin = tl.minimum(begin, L - KERNEL)
-        end = begin + KERNEL
-    return begin, end
+        begin = tl.minimum(tl.maximum(begin, 0), L - KERNEL)
+    return begin
 
 
 @triton.jit
-def _queries_of(k, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
-    """Give the first query in whose window key k of L is, and the one after the last."""
-    begin, end = tl.maximum(k - KERNEL + 1 + LEFT, 0), tl.minimum(k + LEFT + 1, L)
-    if SHIFTED:
-        begin = tl.where(k < KERNEL, 0, begin)
-        end = tl.where(k >= L - KERNEL, L, end)
-    return begin, end
-
-
-@triton.jit
-def _keys_of_tile(
-    first, L, TILE: tl.constexpr, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr
-):
-    """Give the first key that a tile of queries sees, and how many it is from there to the last."""
-    begin, _ = _keys_of(first, L, KERNEL, LEFT, SHIFTED)
-    _, end = _keys_of(tl.minimum(first + TILE, L) - 1, L, KERNEL, LEFT, SHIFTED)
-    return begin, tl.maximum(end - begin, 0)
+def _keys_of_tile(first, last, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
+    """Give the first key that the queries from first to last see, and the one after the last."""
+    begin = _first_key(first, L, KERNEL, LEFT, SHIFTED)
+    end = _first_key(last, L, KERNEL, LEFT, SHIFTED) + KERNEL
+    return tl.maximum(begin, 0), tl.minimum(end, L)
 
 
 @triton.jit
 def _queries_of_tile(
-    first, L, TILE: tl.constexpr, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr
+    first, last, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr
 ):
-    """Give the first query that sees a tile of keys, and how many it is from there to the last."""
-    begin, _ = _queries_of(first, L, KERNEL, LEFT, SHIFTED)
-    _, end = _queries_of(tl.minimum(first + TILE, L) - 1, L, KERNEL, LEFT, SHIFTED)
-    return begin, tl.maximum(end - begin, 0)
+    """Give the first query that sees keys from first to last, and the one after the last."""
+    begin, end = tl.maximum(first - KERNEL + 1 + LEFT, 0), tl.minimum(last + LEFT + 1, L)
+    if SHIFTED:
+        begin = tl.where(first < KERNEL, 0, begin)
+        end = tl.where(last >= L - KERNEL, L, end)
+    return begin, end
 
 
 @triton.jit
-def _image_of(x_ptr, image, H, stride_b, stride_h):
-    return x_ptr + image // H * stride_b + image % H * stride_h
+def _is_seen(
+    k1, k2, begin_1, begin_2, KERNEL_1: tl.constexpr, KERNEL_2: tl.constexpr, LINE: tl.constexpr
+):
+    """Say whether keys are in windows that begin there.
+
+    A key before its window is a huge number without sign, so that one comparison tells both ends.
+    """
+    seen = (k2 - begin_2).to(tl.uint32, bitcast=True) < KERNEL_2
+    if not LINE:
+        seen &= (k1 - begin_1).to(tl.uint32, bitcast=True) < KERNEL_1
+    return seen
+
+
+@triton.jit
+def _image_of(x_ptr, sample, head, stride_b, stride_h):
+    return x_ptr + sample * stride_b + head.to(tl.int64) * stride_h
 
 
 @triton.jit
@@ -201,258 +257,460 @@ def _load(
 ):  # fmt: skip
     """Load the rows of tokens."""
     c = tl.arange(0, BLOCK_C)[None, :]
-    mask = inside[:, None] & (c < C)
-    return tl.load(x_ptr + token[:, None] * stride_t + c, mask=mask, other=0.0).to(DTYPE)
+    mask = inside[:, None]
+    if C < BLOCK_C:
+        mask = mask & (c < C)
+    return tl.load(x_ptr + (token[:, None] * stride_t + c), mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
 def _store(x_ptr, token, inside, stride_t, x, C: tl.constexpr, BLOCK_C: tl.constexpr):
     c = tl.arange(0, BLOCK_C)[None, :]
-    tl.store(x_ptr + token[:, None] * stride_t + c, x, mask=inside[:, None] & (c < C))
+    mask = inside[:, None]
+    if C < BLOCK_C:
+        mask = mask & (c < C)
+    tl.store(x_ptr + (token[:, None] * stride_t + c), x, mask=mask)
+
+
+@triton.jit
+def _scores(a, b, seen, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
+    """a · bᵀ where it is seen, else −∞, without the factor that leaves the greatest the greatest."""
+    s = _product(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), COMPUTE))
+    if SCALE <= 0.0:
+        s *= SCALE
+    return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["H", "T1", "T2"])
 def _neighborhood_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, y_ptr, top_ptr, total_ptr,
+    q_ptr, k_ptr, v_ptr, y_ptr, top_ptr, over_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t, y_stride_b, y_stride_h, y_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
+    LINE: tl.constexpr, ONE: tl.constexpr, OFFSET: tl.constexpr,
     LOWEST: tl.constexpr, PRODUCT: tl.constexpr, COMPUTE: tl.constexpr,
-    TILE_1: tl.constexpr, TILE_2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    STEP_1: tl.constexpr, STEP_2: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr,
+    BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = TILE_1 * TILE_2
-    image, r1, r2, first_1, first_2 = _tile_of_program(
-        T1, T2, DILATION_1, DILATION_2, TILE_1, TILE_2
+    BLOCK_N: tl.constexpr = BLOCK_1 * BLOCK_2
+    sample, head, r1, r2, first_1, first_2 = _tile_of_program(
+        H, T1, T2, DILATION_1, DILATION_2, STEP_1, STEP_2, LINE
     )
     L1, L2 = tl.cdiv(T1 - r1, DILATION_1), tl.cdiv(T2 - r2, DILATION_2)
-    m = tl.arange(0, TILE)
-    p1, p2 = first_1 + m // TILE_2, first_2 + m % TILE_2
-    query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2)
-    is_query = (p1 < L1) & (p2 < L2)
-    begin_1, end_1 = _keys_of(p1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
-    begin_2, end_2 = _keys_of(p2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
-    low_1, height = _keys_of_tile(first_1, L1, TILE_1, KERNEL_1, LEFT_1, SHIFTED)
-    low_2, width = _keys_of_tile(first_2, L2, TILE_2, KERNEL_2, LEFT_2, SHIFTED)
-    k_ptr = _image_of(k_ptr, image, H, k_stride_b, k_stride_h)
-    v_ptr = _image_of(v_ptr, image, H, v_stride_b, v_stride_h)
-    q_ptr = _image_of(q_ptr, image, H, q_stride_b, q_stride_h)
+    end_1, end_2 = tl.minimum(first_1 + STEP_1, L1), tl.minimum(first_2 + STEP_2, L2)
+    p1, p2, is_query = _block(first_1, first_2, end_1, end_2, TILE, TILE_2, LINE)
+    query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
+    begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[:, None]
+    begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)[:, None]
+    low_1, high_1 = _keys_of_tile(first_1, end_1 - 1, L1, KERNEL_1, LEFT_1, SHIFTED)
+    low_2, high_2 = _keys_of_tile(first_2, end_2 - 1, L2, KERNEL_2, LEFT_2, SHIFTED)
+    q_ptr = _image_of(q_ptr, sample, head, q_stride_b, q_stride_h)
+    k_ptr = _image_of(k_ptr, sample, head, k_stride_b, k_stride_h)
+    v_ptr = _image_of(v_ptr, sample, head, v_stride_b, v_stride_h)
     q = _load(q_ptr, query, is_query, q_stride_t, C, PRODUCT, BLOCK_C)
 
-    top = tl.full((TILE,), LOWEST, COMPUTE)
-    total = tl.zeros((TILE,), COMPUTE)
-    acc = tl.zeros((TILE, BLOCK_C), COMPUTE)
-    for start in range(0, height * width, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        is_key = n < height * width
-        k1, k2 = low_1 + n // width, low_2 + n % width
-        key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2)
-        seen = is_key[None, :] & (k1[None, :] >= begin_1) & (k1[None, :] < end_1)
-        seen &= (k2[None, :] >= begin_2) & (k2[None, :] < end_2)
+    if ONE:
+        k1, k2, is_key = _block(low_1, low_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
+        key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
         k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
-        s = _product(q, tl.trans(k), tl.zeros((TILE, BLOCK_N), COMPUTE)) * SCALE
-        s = tl.where(seen, s, float("-inf"))
-
-        # Not below the lowest number: the sum over a block of −∞ is then 0.
-        higher = tl.maximum(top, tl.max(s, axis=1))
-        p = tl.exp(s - higher[:, None])
-        fade = tl.exp(top - higher)
-        total = total * fade + tl.sum(p, axis=1)
         v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
-        acc = _product(p, v, acc * fade[:, None])
-        top = higher
+        k1, k2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
+        seen = _is_seen(k1, k2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+        s = _scores(q, k, seen, SCALE, COMPUTE)
+        # Not below the lowest number: of −∞ alone, which is no query's, p is then 0.
+        top = tl.maximum(tl.max(s, axis=1) * FACTOR, LOWEST)
+        p = _power(s * FACTOR - top[:, None])
+        total = tl.sum(p, axis=1)
+        acc = _product(p, v, tl.zeros((TILE, BLOCK_C), COMPUTE))
+    else:
+        top = tl.full((TILE,), LOWEST, COMPUTE)
+        total = tl.zeros((TILE,), COMPUTE)
+        acc = tl.zeros((TILE, BLOCK_C), COMPUTE)
+        across = tl.cdiv(high_2 - low_2, BLOCK_2)
+        blocks = across
+        if not LINE:
+            blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+        for block in range(0, blocks):
+            from_1, from_2 = low_1, low_2 + block * BLOCK_2
+            if not LINE:
+                from_1 = low_1 + block // across * BLOCK_1
+                from_2 = low_2 + block % across * BLOCK_2
+            k1, k2, is_key = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
+            key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
+            k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
+            k1, k2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
+            seen = _is_seen(k1, k2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+            s = _scores(q, k, seen, SCALE, COMPUTE)
 
-    y_ptr = _image_of(y_ptr, image, H, y_stride_b, y_stride_h)
-    _store(y_ptr, query, is_query, y_stride_t, acc / total[:, None], C, BLOCK_C)
-    tl.store(top_ptr + image * T1 * T2 + query, top, mask=is_query)
-    tl.store(total_ptr + image * T1 * T2 + query, total, mask=is_query)
+            higher = tl.maximum(top, tl.max(s, axis=1) * FACTOR)
+            p = _power(s * FACTOR - higher[:, None])
+            fade = _power(top - higher)
+            total = total * fade + tl.sum(p, axis=1)
+            v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
+            acc = _product(p, v, acc * fade[:, None])
+            top = higher
+
+    over = 1.0 / total
+    y_ptr = _image_of(y_ptr, sample, head, y_stride_b, y_stride_h)
+    _store(y_ptr, query, is_query, y_stride_t, acc * over[:, None], C, BLOCK_C)
+    tokens = (sample * H + head) * T1 * T2
+    tl.store(top_ptr + tokens + query, top, mask=is_query)
+    tl.store(over_ptr + tokens + query, over, mask=is_query)
+
+
+@triton.jit(do_not_specialize=["H", "T1", "T2"])
+def _neighborhood_attention_bwd_near_kernel(
+    q_ptr, k_ptr, v_ptr, y_ptr, top_ptr, over_ptr, dy_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
+    v_stride_b, v_stride_h, v_stride_t, y_stride_b, y_stride_h, y_stride_t,
+    dy_stride_b, dy_stride_h, dy_stride_t, dq_stride_b, dq_stride_h, dq_stride_t,
+    dk_stride_b, dk_stride_h, dk_stride_t, dv_stride_b, dv_stride_h, dv_stride_t, H, T1, T2,
+    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
+    KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
+    KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
+    LINE: tl.constexpr, OFFSET: tl.constexpr,
+    NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    PRODUCT: tl.constexpr, COMPUTE: tl.constexpr,
+    STEP_1: tl.constexpr, STEP_2: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All three gradients of a few tokens, from all queries and keys that have to do with them."""
+    TILE: tl.constexpr = TILE_1 * TILE_2
+    sample, head, r1, r2, first_1, first_2 = _tile_of_program(
+        H, T1, T2, DILATION_1, DILATION_2, STEP_1, STEP_2, LINE
+    )
+    L1, L2 = tl.cdiv(T1 - r1, DILATION_1), tl.cdiv(T2 - r2, DILATION_2)
+    last_1, last_2 = tl.minimum(first_1 + STEP_1, L1) - 1, tl.minimum(first_2 + STEP_2, L2) - 1
+    low_1, high_1 = _keys_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
+    low_2, high_2 = _keys_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
+    k1, k2, is_key = _block(low_1, low_2, high_1, high_2, TILE, TILE_2, LINE)
+    key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
+    low_1, high_1 = _queries_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
+    low_2, high_2 = _queries_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
+    p1, p2, is_query = _block(low_1, low_2, high_1, high_2, TILE, TILE_2, LINE)
+    query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
+    q_ptr = _image_of(q_ptr, sample, head, q_stride_b, q_stride_h)
+    k_ptr = _image_of(k_ptr, sample, head, k_stride_b, k_stride_h)
+    v_ptr = _image_of(v_ptr, sample, head, v_stride_b, v_stride_h)
+    y_ptr = _image_of(y_ptr, sample, head, y_stride_b, y_stride_h)
+    dy_ptr = _image_of(dy_ptr, sample, head, dy_stride_b, dy_stride_h)
+    tokens = (sample * H + head) * T1 * T2
+    q = _load(q_ptr, query, is_query, q_stride_t, C, PRODUCT, BLOCK_C)
+    k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
+    dy = _load(dy_ptr, query, is_query, dy_stride_t, C, PRODUCT, BLOCK_C)
+    top = tl.load(top_ptr + tokens + query, mask=is_query, other=0.0)
+    over = tl.load(over_ptr + tokens + query, mask=is_query, other=0.0)
+    NEED_DS: tl.constexpr = NEED_DQ or NEED_DK
+    if NEED_DS:
+        v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
+        y = _load(y_ptr, query, is_query, y_stride_t, C, COMPUTE, BLOCK_C)
+        delta = tl.sum(dy.to(COMPUTE) * y, axis=1)
+
+    begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[:, None]
+    begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)
+    begin_2 = tl.where(is_query, begin_2, -_NOWHERE)[:, None]
+    at_1, at_2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
+    seen = _is_seen(at_1, at_2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+    s = _scores(q, k, seen, SCALE, COMPUTE)
+    p = _power(s * FACTOR - top[:, None]) * over[:, None]
+    nothing = tl.zeros((TILE, BLOCK_C), COMPUTE)
+    if NEED_DS:
+        dp = _product(dy, tl.trans(v), tl.zeros((TILE, TILE), COMPUTE))
+        ds = (p * (dp - delta[:, None])).to(PRODUCT)
+
+    is_mine = _is_owned(k1, k2, is_key, first_1, first_2, STEP_1, STEP_2, LINE)
+    if NEED_DV:
+        dv = _product(tl.trans(p.to(PRODUCT)), dy, nothing)
+        dv_ptr = _image_of(dv_ptr, sample, head, dv_stride_b, dv_stride_h)
+        _store(dv_ptr, key, is_mine, dv_stride_t, dv, C, BLOCK_C)
+    if NEED_DK:
+        dk = _product(tl.trans(ds), q, nothing)
+        dk_ptr = _image_of(dk_ptr, sample, head, dk_stride_b, dk_stride_h)
+        _store(dk_ptr, key, is_mine, dk_stride_t, dk * SCALE, C, BLOCK_C)
+    if NEED_DQ:
+        dq = _product(ds, k, nothing)
+        is_mine = _is_owned(p1, p2, is_query, first_1, first_2, STEP_1, STEP_2, LINE)
+        dq_ptr = _image_of(dq_ptr, sample, head, dq_stride_b, dq_stride_h)
+        _store(dq_ptr, query, is_mine, dq_stride_t, dq * SCALE, C, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["H", "T1", "T2"])
 def _neighborhood_attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, y_ptr, top_ptr, total_ptr, dy_ptr, dq_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, y_ptr, top_ptr, over_ptr, dy_ptr, dq_ptr, delta_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t, y_stride_b, y_stride_h, y_stride_t,
     dy_stride_b, dy_stride_h, dy_stride_t, dq_stride_b, dq_stride_h, dq_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
+    LINE: tl.constexpr, OFFSET: tl.constexpr,
     NEED_DQ: tl.constexpr, PRODUCT: tl.constexpr, COMPUTE: tl.constexpr,
-    TILE_1: tl.constexpr, TILE_2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE_1: tl.constexpr, TILE_2: tl.constexpr,
+    BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write delta, and dq where it is wanted."""
     TILE: tl.constexpr = TILE_1 * TILE_2
-    image, r1, r2, first_1, first_2 = _tile_of_program(
-        T1, T2, DILATION_1, DILATION_2, TILE_1, TILE_2
+    BLOCK_N: tl.constexpr = BLOCK_1 * BLOCK_2
+    sample, head, r1, r2, first_1, first_2 = _tile_of_program(
+        H, T1, T2, DILATION_1, DILATION_2, TILE_1, TILE_2, LINE
     )
     L1, L2 = tl.cdiv(T1 - r1, DILATION_1), tl.cdiv(T2 - r2, DILATION_2)
-    m = tl.arange(0, TILE)
-    p1, p2 = first_1 + m // TILE_2, first_2 + m % TILE_2
-    query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2)
-    is_query = (p1 < L1) & (p2 < L2)
-    dy_ptr = _image_of(dy_ptr, image, H, dy_stride_b, dy_stride_h)
-    y_ptr = _image_of(y_ptr, image, H, y_stride_b, y_stride_h)
+    p1, p2, is_query = _block(first_1, first_2, L1, L2, TILE, TILE_2, LINE)
+    query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
+    tokens = (sample * H + head) * T1 * T2
+    dy_ptr = _image_of(dy_ptr, sample, head, dy_stride_b, dy_stride_h)
+    y_ptr = _image_of(y_ptr, sample, head, y_stride_b, y_stride_h)
     dy = _load(dy_ptr, query, is_query, dy_stride_t, C, PRODUCT, BLOCK_C)
     y = _load(y_ptr, query, is_query, y_stride_t, C, COMPUTE, BLOCK_C)
 
     delta = tl.sum(dy.to(COMPUTE) * y, axis=1)
-    tl.store(delta_ptr + image * T1 * T2 + query, delta, mask=is_query)
+    tl.store(delta_ptr + tokens + query, delta, mask=is_query)
 
     if NEED_DQ:
-        begin_1, end_1 = _keys_of(p1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
-        begin_2, end_2 = _keys_of(p2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
-        low_1, height = _keys_of_tile(first_1, L1, TILE_1, KERNEL_1, LEFT_1, SHIFTED)
-        low_2, width = _keys_of_tile(first_2, L2, TILE_2, KERNEL_2, LEFT_2, SHIFTED)
-        k_ptr = _image_of(k_ptr, image, H, k_stride_b, k_stride_h)
-        v_ptr = _image_of(v_ptr, image, H, v_stride_b, v_stride_h)
-        q_ptr = _image_of(q_ptr, image, H, q_stride_b, q_stride_h)
+        begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[:, None]
+        begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)[:, None]
+        last_1, last_2 = tl.minimum(first_1 + TILE_1, L1) - 1, tl.minimum(first_2 + TILE_2, L2) - 1
+        low_1, high_1 = _keys_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
+        low_2, high_2 = _keys_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
+        q_ptr = _image_of(q_ptr, sample, head, q_stride_b, q_stride_h)
+        k_ptr = _image_of(k_ptr, sample, head, k_stride_b, k_stride_h)
+        v_ptr = _image_of(v_ptr, sample, head, v_stride_b, v_stride_h)
         q = _load(q_ptr, query, is_query, q_stride_t, C, PRODUCT, BLOCK_C)
-        top = tl.load(top_ptr + image * T1 * T2 + query, mask=is_query, other=0.0)
-        over = 1.0 / tl.load(total_ptr + image * T1 * T2 + query, mask=is_query, other=1.0)
+        top = tl.load(top_ptr + tokens + query, mask=is_query, other=0.0)
+        over = tl.load(over_ptr + tokens + query, mask=is_query, other=0.0)
 
         dq = tl.zeros((TILE, BLOCK_C), COMPUTE)
-        for start in range(0, height * width, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            is_key = n < height * width
-            k1, k2 = low_1 + n // width, low_2 + n % width
-            key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2)
-            seen = is_key[None, :] & (k1[None, :] >= begin_1) & (k1[None, :] < end_1)
-            seen &= (k2[None, :] >= begin_2) & (k2[None, :] < end_2)
+        across = tl.cdiv(high_2 - low_2, BLOCK_2)
+        blocks = across
+        if not LINE:
+            blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+        for block in range(0, blocks):
+            from_1, from_2 = low_1, low_2 + block * BLOCK_2
+            if not LINE:
+                from_1 = low_1 + block // across * BLOCK_1
+                from_2 = low_2 + block % across * BLOCK_2
+            k1, k2, is_key = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
+            key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
             k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
             v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
-            nothing = tl.zeros((TILE, BLOCK_N), COMPUTE)
-            s = _product(q, tl.trans(k), nothing) * SCALE
-            p = tl.where(seen, tl.exp(s - top[:, None]) * over[:, None], 0.0)
-            ds = p * (_product(dy, tl.trans(v), nothing) - delta[:, None])
-            dq = _product(ds, k, dq)
+            k1, k2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
+            seen = _is_seen(k1, k2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+            s = _scores(q, k, seen, SCALE, COMPUTE)
+            p = _power(s * FACTOR - top[:, None])
+            dp = _product(dy, tl.trans(v), tl.zeros((TILE, BLOCK_N), COMPUTE))
+            dq = _product(p * (dp - delta[:, None]), k, dq)
 
-        dq_ptr = _image_of(dq_ptr, image, H, dq_stride_b, dq_stride_h)
-        _store(dq_ptr, query, is_query, dq_stride_t, dq * SCALE, C, BLOCK_C)
+        dq_ptr = _image_of(dq_ptr, sample, head, dq_stride_b, dq_stride_h)
+        # Of a query all probabilities have this factor, so that it waits for their sum.
+        dq *= (over * SCALE)[:, None]
+        _store(dq_ptr, query, is_query, dq_stride_t, dq, C, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["H", "T1", "T2"])
 def _neighborhood_attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, top_ptr, total_ptr, delta_ptr, dy_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, top_ptr, over_ptr, delta_ptr, dy_ptr, dk_ptr, dv_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t, dy_stride_b, dy_stride_h, dy_stride_t,
     dk_stride_b, dk_stride_h, dk_stride_t, dv_stride_b, dv_stride_h, dv_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
+    LINE: tl.constexpr, OFFSET: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRODUCT: tl.constexpr, COMPUTE: tl.constexpr,
-    TILE_1: tl.constexpr, TILE_2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE_1: tl.constexpr, TILE_2: tl.constexpr,
+    BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = TILE_1 * TILE_2
-    image, r1, r2, first_1, first_2 = _tile_of_program(
-        T1, T2, DILATION_1, DILATION_2, TILE_1, TILE_2
+    BLOCK_N: tl.constexpr = BLOCK_1 * BLOCK_2
+    sample, head, r1, r2, first_1, first_2 = _tile_of_program(
+        H, T1, T2, DILATION_1, DILATION_2, TILE_1, TILE_2, LINE
     )
     L1, L2 = tl.cdiv(T1 - r1, DILATION_1), tl.cdiv(T2 - r2, DILATION_2)
-    m = tl.arange(0, TILE)
-    k1, k2 = first_1 + m // TILE_2, first_2 + m % TILE_2
-    key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2)
-    is_key = (k1 < L1) & (k2 < L2)
-    low_1, height = _queries_of_tile(first_1, L1, TILE_1, KERNEL_1, LEFT_1, SHIFTED)
-    low_2, width = _queries_of_tile(first_2, L2, TILE_2, KERNEL_2, LEFT_2, SHIFTED)
-    q_ptr = _image_of(q_ptr, image, H, q_stride_b, q_stride_h)
-    k_ptr = _image_of(k_ptr, image, H, k_stride_b, k_stride_h)
-    v_ptr = _image_of(v_ptr, image, H, v_stride_b, v_stride_h)
-    dy_ptr = _image_of(dy_ptr, image, H, dy_stride_b, dy_stride_h)
-    top_ptr += image * T1 * T2
-    total_ptr += image * T1 * T2
-    delta_ptr += image * T1 * T2
+    k1, k2, is_key = _block(first_1, first_2, L1, L2, TILE, TILE_2, LINE)
+    key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
+    last_1, last_2 = tl.minimum(first_1 + TILE_1, L1) - 1, tl.minimum(first_2 + TILE_2, L2) - 1
+    low_1, high_1 = _queries_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
+    low_2, high_2 = _queries_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
+    q_ptr = _image_of(q_ptr, sample, head, q_stride_b, q_stride_h)
+    k_ptr = _image_of(k_ptr, sample, head, k_stride_b, k_stride_h)
+    v_ptr = _image_of(v_ptr, sample, head, v_stride_b, v_stride_h)
+    dy_ptr = _image_of(dy_ptr, sample, head, dy_stride_b, dy_stride_h)
+    tokens = (sample * H + head) * T1 * T2
     k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
     v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
 
     dk = tl.zeros((TILE, BLOCK_C), COMPUTE)
     dv = tl.zeros((TILE, BLOCK_C), COMPUTE)
-    for start in range(0, height * width, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        is_query = n < height * width
-        p1, p2 = low_1 + n // width, low_2 + n % width
-        query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2)
-        begin_1, end_1 = _keys_of(p1[None, :], L1, KERNEL_1, LEFT_1, SHIFTED)
-        begin_2, end_2 = _keys_of(p2[None, :], L2, KERNEL_2, LEFT_2, SHIFTED)
-        # Keys along the rows, queries along the columns.
-        seen = is_query[None, :] & (k1[:, None] >= begin_1) & (k1[:, None] < end_1)
-        seen &= (k2[:, None] >= begin_2) & (k2[:, None] < end_2)
+    across = tl.cdiv(high_2 - low_2, BLOCK_2)
+    blocks = across
+    if not LINE:
+        blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+    for block in range(0, blocks):
+        from_1, from_2 = low_1, low_2 + block * BLOCK_2
+        if not LINE:
+            from_1 = low_1 + block // across * BLOCK_1
+            from_2 = low_2 + block % across * BLOCK_2
+        p1, p2, is_query = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
+        query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
         q = _load(q_ptr, query, is_query, q_stride_t, C, PRODUCT, BLOCK_C)
         dy = _load(dy_ptr, query, is_query, dy_stride_t, C, PRODUCT, BLOCK_C)
-        top = tl.load(top_ptr + query, mask=is_query, other=0.0)
-        over = 1.0 / tl.load(total_ptr + query, mask=is_query, other=1.0)
-        nothing = tl.zeros((TILE, BLOCK_N), COMPUTE)
-        s = _product(k, tl.trans(q), nothing) * SCALE
-        p = tl.where(seen, tl.exp(s - top[None, :]) * over[None, :], 0.0)
+        top = tl.load(top_ptr + tokens + query, mask=is_query, other=0.0)
+        over = tl.load(over_ptr + tokens + query, mask=is_query, other=0.0)
+        # Keys along the rows, queries along the columns.
+        begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[None, :]
+        begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)
+        begin_2 = tl.where(is_query, begin_2, -_NOWHERE)[None, :]
+        seen = _is_seen(k1[:, None], k2[:, None], begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+        s = _scores(k, q, seen, SCALE, COMPUTE)
+        p = _power(s * FACTOR - top[None, :]) * over[None, :]
         if NEED_DV:
             dv = _product(p, dy, dv)
         if NEED_DK:
-            delta = tl.load(delta_ptr + query, mask=is_query, other=0.0)
-            ds = p * (_product(v, tl.trans(dy), nothing) - delta[None, :])
-            dk = _product(ds, q, dk)
+            delta = tl.load(delta_ptr + tokens + query, mask=is_query, other=0.0)
+            dp = _product(v, tl.trans(dy), tl.zeros((TILE, BLOCK_N), COMPUTE))
+            dk = _product(p * (dp - delta[None, :]), q, dk)
 
     if NEED_DK:
-        dk_ptr = _image_of(dk_ptr, image, H, dk_stride_b, dk_stride_h)
+        dk_ptr = _image_of(dk_ptr, sample, head, dk_stride_b, dk_stride_h)
         _store(dk_ptr, key, is_key, dk_stride_t, dk * SCALE, C, BLOCK_C)
     if NEED_DV:
-        dv_ptr = _image_of(dv_ptr, image, H, dv_stride_b, dv_stride_h)
+        dv_ptr = _image_of(dv_ptr, sample, head, dv_stride_b, dv_stride_h)
         _store(dv_ptr, key, is_key, dv_stride_t, dv, C, BLOCK_C)
 
 
-def _neighborhood_attention_fwd_config(C: int, planar: bool, itemsize: int) -> dict:
+def _square(n: int, planar: bool) -> tuple[int, int]:
+    """A block of n tokens: along a line, or a square, or nearly, which has the fewest neighbours."""
+    n_1 = 1 << ((n.bit_length() - 1) // 2) if planar else 1
+    return n_1, n // n_1
+
+
+def _config(
+    tile: int, block: int, planar: bool, C: int, num_warps: int, num_stages: int = 2
+) -> dict:
+    (tile_1, tile_2), (block_1, block_2) = _square(tile, planar), _square(block, planar)
+    return {
+        "TILE_1": tile_1, "TILE_2": tile_2, "BLOCK_1": block_1, "BLOCK_2": block_2,
+        "BLOCK_C": max(16, next_power_of_2(C)), "num_warps": num_warps, "num_stages": num_stages,
+    }  # fmt: skip
+
+
+def _neighborhood_attention_fwd_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
     """64 tokens against 64 at a time of 2-byte inputs; of wider ones, and of wide heads, fewer.
 
-    In a plane a tile is square, or nearly: it then sees the fewest keys for its size. Heads of 128
-    features leave registers to half as many keys.
+    Heads of 128 features leave registers to half as many keys, but not where a narrow window on a
+    line would then take two blocks.
     """
-    block_c = max(16, next_power_of_2(C))
     tile = {2: 64, 4: 32, 8: 16}[itemsize]
-    if block_c > 128:
+    if C > 128:
         tile = min(tile, 32)
-    tile_1 = 1 << ((tile.bit_length() - 1) // 2) if planar else 1
-    block_n = tile // 2 if block_c == 128 and itemsize == 2 else tile
-    return {
-        "TILE_1": tile_1, "TILE_2": tile // tile_1, "BLOCK_N": block_n, "BLOCK_C": block_c,
-        "num_warps": 4, "num_stages": 2,
-    }  # fmt: skip
+    block = tile // 2 if 64 < C <= 128 and itemsize == 2 else tile
+    return _config(tile, block, planar, C, 4, 3 if planar or kernel > tile else 2)
 
 
-def _neighborhood_attention_bwd_config(C: int, planar: bool, itemsize: int) -> dict:
-    """A tile as forward, against half as many at a time: two gradients and two products are in
-    registers, and of heads of 128 features in those of twice as many threads.
+def _neighborhood_attention_near_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
+    """As many tokens as leave all five products in registers."""
+    tile = {2: 64, 4: 32, 8: 16}[itemsize]
+    if C > 64:
+        tile = min(tile, 32)
+    config = _config(tile, tile, planar, C, 4)
+    return {name: value for name, value in config.items() if name not in ("BLOCK_1", "BLOCK_2")}
+
+
+def _neighborhood_attention_dq_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
+    """A tile as forward, against as many at a time as leave two products in registers."""
+    config = _neighborhood_attention_fwd_config(C, planar, kernel, itemsize)
+    tile = config["TILE_1"] * config["TILE_2"]
+    return _config(tile, max(16, tile // 2), planar, C, 8 if 64 < C <= 128 else 4)
+
+
+def _neighborhood_attention_dkv_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
+    """As dq, with a second gradient in registers."""
+    return _neighborhood_attention_dq_config(C, planar, kernel, itemsize)
+
+
+def _fwd_steps(
+    lengths: tuple[int, int], kernel: tuple[int, int], config: dict
+) -> tuple[int, int] | None:
+    """How many queries a program has if all keys that they see are to be one block of `config`.
+
+    None, if these are less than half of its tile.
     """
-    config = _neighborhood_attention_fwd_config(C, planar, itemsize)
-    block_n = max(16, config["TILE_1"] * config["TILE_2"] // 2)
-    return config | {"BLOCK_N": block_n, "num_warps": 8 if config["BLOCK_C"] == 128 else 4}
+    steps = []
+    for L, size, n in zip(lengths, kernel, "12", strict=True):
+        tile, block = config[f"TILE_{n}"], config[f"BLOCK_{n}"]
+        steps.append(tile if block >= L else max(0, min(tile, block - size + 1)))
+    return _worth_it(steps, config)
 
 
-def _constants(
-    q: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    window: str,
-    scale: float,
-    config: Callable[[int, bool, int], dict],
-) -> dict:
-    """What all kernels have in common; tiles are as `config` has them."""
-    compute = accumulator(q.dtype)
-    # The interpreter takes the bits of bfloat16 for integers.
-    product = compute if interpreting() else q.dtype
-    return {
-        "C": q.shape[-1], "SCALE": scale, "SHIFTED": window == "shifted",
-        "KERNEL_1": kernel[0], "DILATION_1": dilation[0], "LEFT_1": _left(kernel[0], window),
-        "KERNEL_2": kernel[1], "DILATION_2": dilation[1], "LEFT_2": _left(kernel[1], window),
-        "PRODUCT": triton_dtype(product), "COMPUTE": triton_dtype(compute),
-        **config(q.shape[-1], kernel[0] > 1, q.itemsize),
-    }  # fmt: skip
+def _near_steps(
+    lengths: tuple[int, int], kernel: tuple[int, int], window: str, config: dict
+) -> tuple[int, int] | None:
+    """How many tokens a program has if all that see them, and all that they see, are to be a tile.
+
+    None, if these are less than half of it.
+    """
+    steps = []
+    for L, size, n in zip(lengths, kernel, "12", strict=True):
+        tile, beside = config[f"TILE_{n}"], size - 1
+        if window == "shifted":
+            # By the end a key is seen from farther away.
+            beside += size - 1 - _left(size, window)
+        # Fewer than a window would not keep away from one end what is shifted at the other.
+        few = tile - beside if tile - beside >= size else 0
+        steps.append(tile if tile >= L else few)
+    return _worth_it(steps, config)
 
 
-def _programs(images: int, T1: int, T2: int, constants: dict) -> tuple[int]:
-    """A tile of a sequence each: there is one for each pair of residues."""
-    programs = images
-    for T, n in ((T1, "1"), (T2, "2")):
-        dilation, tile = constants[f"DILATION_{n}"], constants[f"TILE_{n}"]
-        programs *= dilation * cdiv(cdiv(T, dilation), tile)
-    return (programs,)
+def _worth_it(steps: list[int], config: dict) -> tuple[int, int] | None:
+    step_1, step_2 = steps
+    return (step_1, step_2) if 2 * step_1 * step_2 >= config["TILE_1"] * config["TILE_2"] else None
+
+
+class _Windows(NamedTuple):
+    """What a call's kernels have in common."""
+
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    window: str
+    scale: float
+    T: tuple[int, int]
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of the longest sequence."""
+        return cdiv(self.T[0], self.dilation[0]), cdiv(self.T[1], self.dilation[1])
+
+    def sizes(self, q: Tensor) -> tuple[int, bool, int, int]:
+        """What a launch depends on."""
+        (height, width), C = self.kernel, q.shape[-1]
+        return C, height > 1, height * width, q.itemsize
+
+    def constants(self, q: Tensor, strides: Sequence[int]) -> dict:
+        compute = accumulator(q.dtype)
+        # The interpreter takes the bits of bfloat16 for integers.
+        product = compute if interpreting() else q.dtype
+        far = max(strides[2::3]) * self.T[0] * self.T[1] >= 1 << 31
+        # Other than a positive scale is multiplied before the greatest score is found.
+        factor = self.scale if self.scale > 0.0 else 1.0
+        return {
+            "C": q.shape[-1], "SCALE": self.scale, "SHIFTED": self.window == "shifted",
+            "FACTOR": factor if compute is torch.float64 else factor * math.log2(math.e),
+            "KERNEL_1": self.kernel[0], "DILATION_1": self.dilation[0],
+            "LEFT_1": _left(self.kernel[0], self.window),
+            "KERNEL_2": self.kernel[1], "DILATION_2": self.dilation[1],
+            "LEFT_2": _left(self.kernel[1], self.window),
+            "LINE": self.T[0] == 1 and self.kernel[0] == 1,
+            "OFFSET": tl.int64 if far else tl.int32,
+            "PRODUCT": triton_dtype(product), "COMPUTE": triton_dtype(compute),
+        }  # fmt: skip
+
+    def programs(self, images: int, step_1: int, step_2: int) -> tuple[int]:
+        """A tile of a sequence each: there is one for each pair of residues."""
+        (L1, L2), (d1, d2) = self.lengths, self.dilation
+        return (images * d1 * cdiv(L1, step_1) * d2 * cdiv(L2, step_2),)
 
 
 def _as_tokens(x: Tensor) -> Tensor:
@@ -493,20 +751,23 @@ def neighborhood_attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _empty_like(q)
     top = q.new_empty(q.shape[:-1], dtype=accumulator(q.dtype))
-    total = torch.empty_like(top)
+    over = torch.empty_like(top)
 
     if has_work(y):
         T1, T2 = q.shape[-3:-1]
+        windows = _Windows((kernel_1, kernel_2), (dilation_1, dilation_2), window, scale, (T1, T2))
         q, k, v, out = (_as_tokens(t) for t in (q, k, v, y))
-        (B, H), kernel, dilation = q.shape[:2], (kernel_1, kernel_2), (dilation_1, dilation_2)
-        config = _neighborhood_attention_fwd_config
-        constants = _constants(q, kernel, dilation, window, scale, config)
+        (B, H), strides = q.shape[:2], _strides(q, k, v, out)
+        config = _neighborhood_attention_fwd_config(*windows.sizes(q))
+        one = _fwd_steps(windows.lengths, windows.kernel, config)
+        step_1, step_2 = one or (config["TILE_1"], config["TILE_2"])
         launch(
-            _neighborhood_attention_fwd_kernel, _programs(B * H, T1, T2, constants),
-            q, k, v, out, top, total, *_strides(q, k, v, out), H, T1, T2,
-            LOWEST=torch.finfo(top.dtype).min, **constants,
+            _neighborhood_attention_fwd_kernel, windows.programs(B * H, step_1, step_2),
+            q, k, v, out, top, over, *strides, H, T1, T2,
+            ONE=one is not None, STEP_1=step_1, STEP_2=step_2,
+            LOWEST=torch.finfo(top.dtype).min, **windows.constants(q, strides), **config,
         )  # fmt: skip
-    return y, top, total
+    return y, top, over
 
 
 def neighborhood_attention_bwd(
@@ -515,7 +776,7 @@ def neighborhood_attention_bwd(
     v: Tensor,
     y: Tensor,
     top: Tensor,
-    total: Tensor,
+    over: Tensor,
     dy: Tensor,
     kernel_1: int,
     kernel_2: int,
@@ -533,26 +794,41 @@ def neighborhood_attention_bwd(
 
     if has_work(dy):
         T1, T2 = q.shape[-3:-1]
+        windows = _Windows((kernel_1, kernel_2), (dilation_1, dilation_2), window, scale, (T1, T2))
         q, k, v, y, dy = (_as_tokens(t) for t in (q, k, v, y, dy))
         into_q, into_k, into_v = (None if t is None else _as_tokens(t) for t in (dq, dk, dv))
-        top, total = top.contiguous(), total.contiguous()
+        top, over, H = top.contiguous(), over.contiguous(), q.shape[1]
+        strides = _strides(q, k, v, y, dy, into_q, into_k, into_v)
+        near = _neighborhood_attention_near_config(*windows.sizes(q))
+        by_query = _neighborhood_attention_dq_config(*windows.sizes(q))
+        by_key = _neighborhood_attention_dkv_config(*windows.sizes(q))
+        constants = windows.constants(q, strides)
+        images, steps = q.shape[0] * H, _near_steps(windows.lengths, windows.kernel, window, near)
+        if steps is not None:
+            launch(
+                _neighborhood_attention_bwd_near_kernel, windows.programs(images, *steps),
+                q, k, v, y, top, over, dy, into_q, into_k, into_v, *strides, H, T1, T2,
+                NEED_DQ=need_dq, NEED_DK=need_dk, NEED_DV=need_dv,
+                STEP_1=steps[0], STEP_2=steps[1], **constants, **near,
+            )  # fmt: skip
+            return dq, dk, dv
+
         delta = torch.empty_like(top)
-        (B, H), kernel, dilation = q.shape[:2], (kernel_1, kernel_2), (dilation_1, dilation_2)
-        config = _neighborhood_attention_bwd_config
-        constants = _constants(q, kernel, dilation, window, scale, config)
-        grid = _programs(B * H, T1, T2, constants)
-        launch(
-            _neighborhood_attention_bwd_dq_kernel, grid,
-            q, k, v, y, top, total, dy, into_q, delta,
-            *_strides(q, k, v, y, dy, into_q), H, T1, T2,
-            NEED_DQ=need_dq, **constants,
-        )  # fmt: skip
+        if need_dq or need_dk:
+            grid = windows.programs(images, by_query["TILE_1"], by_query["TILE_2"])
+            launch(
+                _neighborhood_attention_bwd_dq_kernel, grid,
+                q, k, v, y, top, over, dy, into_q, delta,
+                *_strides(q, k, v, y, dy, into_q), H, T1, T2,
+                NEED_DQ=need_dq, **constants, **by_query,
+            )  # fmt: skip
         if need_dk or need_dv:
+            grid = windows.programs(images, by_key["TILE_1"], by_key["TILE_2"])
             launch(
                 _neighborhood_attention_bwd_dkv_kernel, grid,
-                q, k, v, top, total, delta, dy, into_k, into_v,
+                q, k, v, top, over, delta, dy, into_k, into_v,
                 *_strides(q, k, v, dy, into_k, into_v), H, T1, T2,
-                NEED_DK=need_dk, NEED_DV=need_dv, **constants,
+                NEED_DK=need_dk, NEED_DV=need_dv, **constants, **by_key,
             )  # fmt: skip
     return dq, dk, dv
 
@@ -563,9 +839,9 @@ _neighborhood_attention = custom_vjp(
     fwd=neighborhood_attention_fwd,
     bwd=neighborhood_attention_bwd,
     results="y",
-    residuals="top total",
+    residuals="top over",
     grads="q k v",
-    rows="q k v y top total",
+    rows="q k v y top over",
     core_dims=3,
     autocast="q k v",
 )

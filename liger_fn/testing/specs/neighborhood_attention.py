@@ -49,41 +49,63 @@ def as_masked(q, k, v, kernel_size, *, dilation=1, window="shifted", scale=None)
 
 
 def compiled(
-    passed: str, dtype: torch.dtype, C: int, kernel_size: tuple[int, int], **flags
+    passed: str, dtype: torch.dtype, C: int, kernel_size: tuple[int, int], *T: int, **flags
 ) -> Compilation:
     kernel = getattr(room, f"_neighborhood_attention_{passed}_kernel")
-    config = getattr(room, f"_neighborhood_attention_{passed[:3]}_config")
+    config = getattr(room, f"_neighborhood_attention_{passed.removeprefix('bwd_')}_config")
+    windows = room._Windows(kernel_size, (1, 1), "shifted", 0.125, T)
     q = torch.empty(1, 1, 1, C, dtype=dtype, device="meta")
-    constants = room._constants(q, kernel_size, (1, 1), "shifted", 0.125, config)
+    launched = config(*windows.sizes(q))
+    steps = {}
+    if passed == "fwd":
+        one = room._fwd_steps(windows.lengths, kernel_size, launched)
+        steps = {"ONE": one is not None, "LOWEST": torch.finfo(torch.float32).min}
+        one = one or (launched["TILE_1"], launched["TILE_2"])
+        steps |= {"STEP_1": one[0], "STEP_2": one[1]}
+    elif passed == "bwd_near":
+        few = room._near_steps(windows.lengths, kernel_size, "shifted", launched)
+        steps = {"STEP_1": few[0], "STEP_2": few[1]}
+    constants = windows.constants(q, [0, 0, C]) | launched | steps | flags
     # Also where this process interprets.
-    constants |= {"PRODUCT": triton_dtype(dtype), **flags}
+    constants["PRODUCT"] = triton_dtype(dtype)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     inputs, sums = (f"*{t.name}" for t in (constants["PRODUCT"], constants["COMPUTE"]))
     runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
     types = {n: inputs if n.endswith("_ptr") else "i32" for n in runtime}
-    types |= {n: sums for n in ("top_ptr", "total_ptr", "delta_ptr") if n in runtime}
-    where = "line" if kernel_size[0] == 1 else "plane"
+    types |= {n: sums for n in ("top_ptr", "over_ptr", "delta_ptr") if n in runtime}
+    where = f"{'x'.join(map(str, kernel_size))}-of-{'x'.join(map(str, T))}"
     return Compilation(f"{passed}-{where}-{C}{inputs}", kernel, types, constants, warps, stages)
 
 
 def kernels() -> list[Compilation]:
-    return [
-        compiled(passed, dtype, C, kernel_size, **flags)
-        for dtype, C, kernel_size in (
-            (torch.bfloat16, 64, (1, 129)),
-            (torch.bfloat16, 128, (1, 129)),
-            (torch.bfloat16, 32, (7, 7)),
-            (torch.bfloat16, 128, (7, 7)),
-            (torch.bfloat16, 256, (7, 7)),
-            (torch.float32, 64, (7, 7)),
-            (torch.float64, 64, (7, 7)),
+    dq, dkv = {"NEED_DQ": True}, {"NEED_DK": True, "NEED_DV": True}
+    narrow = [
+        compiled(passed, dtype, C, kernel_size, *lengths, **flags)
+        for dtype, C, kernel_size, lengths in (
+            (torch.bfloat16, 64, (1, 7), (1, 4096)),
+            (torch.bfloat16, 128, (1, 7), (1, 4096)),
+            (torch.bfloat16, 256, (1, 7), (1, 4096)),
+            (torch.bfloat16, 32, (7, 7), (7, 7)),
+            (torch.float32, 64, (1, 7), (1, 4096)),
+            (torch.float64, 64, (1, 3), (1, 4096)),
         )
-        for passed, flags in (
-            ("fwd", {"LOWEST": torch.finfo(torch.float32).min}),
-            ("bwd_dq", {"NEED_DQ": True}),
-            ("bwd_dkv", {"NEED_DK": True, "NEED_DV": True}),
-        )
+        for passed, flags in (("fwd", {}), ("bwd_near", dq | dkv))
     ]
+    wide = [
+        compiled(passed, dtype, C, kernel_size, *lengths, **flags)
+        for dtype, C, kernel_size, lengths in (
+            (torch.bfloat16, 64, (1, 129), (1, 4096)),
+            (torch.bfloat16, 128, (1, 129), (1, 4096)),
+            (torch.bfloat16, 32, (7, 7), (56, 56)),
+            (torch.bfloat16, 64, (17, 17), (64, 64)),
+            (torch.bfloat16, 128, (7, 7), (64, 64)),
+            (torch.bfloat16, 256, (7, 7), (64, 64)),
+            (torch.float32, 64, (7, 7), (64, 64)),
+            (torch.float64, 64, (7, 7), (64, 64)),
+        )
+        for passed, flags in (("fwd", {}), ("bwd_dq", dq), ("bwd_dkv", dkv))
+    ]
+    return narrow + wide
 
 
 def benchmark(id: str, *shape: int, kernel_size, **options) -> Benchmark:
