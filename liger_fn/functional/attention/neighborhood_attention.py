@@ -50,8 +50,6 @@ Window = Literal["shifted", "cut", "causal"]
 WINDOWS = ("shifted", "cut", "causal")
 # Wider heads fill the registers with one tile of each tensor.
 WIDEST = 256
-# Where a key is that no window sees, and, negative, a window that sees no key.
-_NOWHERE = tl.constexpr(-(1 << 30))
 
 
 def reference(
@@ -203,20 +201,33 @@ def _tokens(
 
 
 @triton.jit
-def _first_key(p, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
-    """Give where the window of query p of L begins: unless it is shifted, maybe before the first."""
-    begin = p - LEFT
+def _keys_of(p, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
+    """Give the first key in the window of query p of L, and how many there are."""
     if SHIFTED:
-        begin = tl.minimum(tl.maximum(begin, 0), L - KERNEL)
-    return begin
+        begin = tl.minimum(tl.maximum(p - LEFT, 0), L - KERNEL)
+        size = KERNEL
+    else:
+        begin = tl.maximum(p - LEFT, 0)
+        size = tl.minimum(p - LEFT + KERNEL, L) - begin
+    return begin, size
+
+
+@triton.jit
+def _queries_of(k, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
+    """Give the first query in whose window key k of L is, and how many there are."""
+    begin, end = tl.maximum(k - KERNEL + 1 + LEFT, 0), tl.minimum(k + LEFT + 1, L)
+    if SHIFTED:
+        begin = tl.where(k < KERNEL, 0, begin)
+        end = tl.where(k >= L - KERNEL, L, end)
+    return begin, end - begin
 
 
 @triton.jit
 def _keys_of_tile(first, last, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr):
-    """Give the first key that the queries from first to last see, and the one after the last."""
-    begin = _first_key(first, L, KERNEL, LEFT, SHIFTED)
-    end = _first_key(last, L, KERNEL, LEFT, SHIFTED) + KERNEL
-    return tl.maximum(begin, 0), tl.minimum(end, L)
+    """Give the first key that queries from first to last see, and the one after the last."""
+    low, _ = _keys_of(first, L, KERNEL, LEFT, SHIFTED)
+    begin, size = _keys_of(last, L, KERNEL, LEFT, SHIFTED)
+    return low, begin + size
 
 
 @triton.jit
@@ -224,24 +235,25 @@ def _queries_of_tile(
     first, last, L, KERNEL: tl.constexpr, LEFT: tl.constexpr, SHIFTED: tl.constexpr
 ):
     """Give the first query that sees keys from first to last, and the one after the last."""
-    begin, end = tl.maximum(first - KERNEL + 1 + LEFT, 0), tl.minimum(last + LEFT + 1, L)
-    if SHIFTED:
-        begin = tl.where(first < KERNEL, 0, begin)
-        end = tl.where(last >= L - KERNEL, L, end)
-    return begin, end
+    low, _ = _queries_of(first, L, KERNEL, LEFT, SHIFTED)
+    begin, size = _queries_of(last, L, KERNEL, LEFT, SHIFTED)
+    return low, begin + size
 
 
 @triton.jit
 def _is_seen(
-    k1, k2, begin_1, begin_2, KERNEL_1: tl.constexpr, KERNEL_2: tl.constexpr, LINE: tl.constexpr
-):
-    """Say whether keys are in windows that begin there.
+    low_1, low_2, begin_1, begin_2, size_1, size_2,
+    SIZE: tl.constexpr, SIZE_2: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Say what of the block from low on, along the columns, is in the windows of the rows.
 
-    A key before its window is a huge number without sign, so that one comparison tells both ends.
+    What is before a window is a huge number without sign: one comparison tells both ends. No window
+    goes beyond its sequence, so that columns that are none are in no window that matters.
     """
-    seen = (k2 - begin_2).to(tl.uint32, bitcast=True) < KERNEL_2
+    n = tl.arange(0, SIZE)[None, :]
+    seen = (low_2 - begin_2 + n % SIZE_2).to(tl.uint32, bitcast=True) < size_2
     if not LINE:
-        seen &= (k1 - begin_1).to(tl.uint32, bitcast=True) < KERNEL_1
+        seen &= (low_1 - begin_1 + n // SIZE_2).to(tl.uint32, bitcast=True) < size_1
     return seen
 
 
@@ -273,12 +285,27 @@ def _store(x_ptr, token, inside, stride_t, x, C: tl.constexpr, BLOCK_C: tl.const
 
 
 @triton.jit
-def _scores(a, b, seen, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
-    """a · bᵀ where it is seen, else −∞, without the factor that leaves the greatest the greatest."""
-    s = _product(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), COMPUTE))
+def _products_of_rows(a, b, COMPUTE: tl.constexpr):
+    """a · bᵀ"""
+    return _product(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), COMPUTE))
+
+
+@triton.jit
+def _scores(q, k, seen, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
+    """q · kᵀ where it is seen, else −∞; times the scale, if that changes which is the greatest."""
+    s = _products_of_rows(q, k, COMPUTE)
     if SCALE <= 0.0:
         s *= SCALE
     return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _probabilities(s, seen, top, FACTOR: tl.constexpr):
+    """Give exp(s − top) from products, zero where it is not seen.
+
+    To select the result leaves the scale and the difference to one instruction.
+    """
+    return tl.where(seen, _power(s * FACTOR - top), 0.0)
 
 
 @triton.jit(do_not_specialize=["H", "T1", "T2"])
@@ -286,7 +313,7 @@ def _neighborhood_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, top_ptr, over_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t, y_stride_b, y_stride_h, y_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, UNIT: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
     LINE: tl.constexpr, ONE: tl.constexpr, OFFSET: tl.constexpr,
@@ -294,6 +321,7 @@ def _neighborhood_attention_fwd_kernel(
     STEP_1: tl.constexpr, STEP_2: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr,
     BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    FACTOR: tl.constexpr = SCALE * UNIT if SCALE > 0.0 else UNIT
     TILE: tl.constexpr = TILE_1 * TILE_2
     BLOCK_N: tl.constexpr = BLOCK_1 * BLOCK_2
     sample, head, r1, r2, first_1, first_2 = _tile_of_program(
@@ -303,8 +331,8 @@ def _neighborhood_attention_fwd_kernel(
     end_1, end_2 = tl.minimum(first_1 + STEP_1, L1), tl.minimum(first_2 + STEP_2, L2)
     p1, p2, is_query = _block(first_1, first_2, end_1, end_2, TILE, TILE_2, LINE)
     query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
-    begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[:, None]
-    begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)[:, None]
+    begin_1, size_1 = _keys_of(p1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
+    begin_2, size_2 = _keys_of(p2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
     low_1, high_1 = _keys_of_tile(first_1, end_1 - 1, L1, KERNEL_1, LEFT_1, SHIFTED)
     low_2, high_2 = _keys_of_tile(first_2, end_2 - 1, L2, KERNEL_2, LEFT_2, SHIFTED)
     q_ptr = _image_of(q_ptr, sample, head, q_stride_b, q_stride_h)
@@ -317,8 +345,7 @@ def _neighborhood_attention_fwd_kernel(
         key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
         k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
         v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
-        k1, k2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
-        seen = _is_seen(k1, k2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+        seen = _is_seen(low_1, low_2, begin_1, begin_2, size_1, size_2, BLOCK_N, BLOCK_2, LINE)
         s = _scores(q, k, seen, SCALE, COMPUTE)
         # Not below the lowest number: of −∞ alone, which is no query's, p is then 0.
         top = tl.maximum(tl.max(s, axis=1) * FACTOR, LOWEST)
@@ -333,7 +360,7 @@ def _neighborhood_attention_fwd_kernel(
         blocks = across
         if not LINE:
             blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
-        for block in range(0, blocks):
+        for block in range(blocks):
             from_1, from_2 = low_1, low_2 + block * BLOCK_2
             if not LINE:
                 from_1 = low_1 + block // across * BLOCK_1
@@ -341,8 +368,9 @@ def _neighborhood_attention_fwd_kernel(
             k1, k2, is_key = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
             key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
             k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
-            k1, k2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
-            seen = _is_seen(k1, k2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
+            seen = _is_seen(
+                from_1, from_2, begin_1, begin_2, size_1, size_2, BLOCK_N, BLOCK_2, LINE
+            )
             s = _scores(q, k, seen, SCALE, COMPUTE)
 
             higher = tl.maximum(top, tl.max(s, axis=1) * FACTOR)
@@ -368,7 +396,7 @@ def _neighborhood_attention_bwd_near_kernel(
     v_stride_b, v_stride_h, v_stride_t, y_stride_b, y_stride_h, y_stride_t,
     dy_stride_b, dy_stride_h, dy_stride_t, dq_stride_b, dq_stride_h, dq_stride_t,
     dk_stride_b, dk_stride_h, dk_stride_t, dv_stride_b, dv_stride_h, dv_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, UNIT: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
     LINE: tl.constexpr, OFFSET: tl.constexpr,
@@ -378,15 +406,16 @@ def _neighborhood_attention_bwd_near_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All three gradients of a few tokens, from all queries and keys that have to do with them."""
+    FACTOR: tl.constexpr = SCALE * UNIT
     TILE: tl.constexpr = TILE_1 * TILE_2
     sample, head, r1, r2, first_1, first_2 = _tile_of_program(
         H, T1, T2, DILATION_1, DILATION_2, STEP_1, STEP_2, LINE
     )
     L1, L2 = tl.cdiv(T1 - r1, DILATION_1), tl.cdiv(T2 - r2, DILATION_2)
     last_1, last_2 = tl.minimum(first_1 + STEP_1, L1) - 1, tl.minimum(first_2 + STEP_2, L2) - 1
-    low_1, high_1 = _keys_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
-    low_2, high_2 = _keys_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
-    k1, k2, is_key = _block(low_1, low_2, high_1, high_2, TILE, TILE_2, LINE)
+    from_1, high_1 = _keys_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
+    from_2, high_2 = _keys_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
+    k1, k2, is_key = _block(from_1, from_2, high_1, high_2, TILE, TILE_2, LINE)
     key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
     low_1, high_1 = _queries_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
     low_2, high_2 = _queries_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
@@ -409,16 +438,14 @@ def _neighborhood_attention_bwd_near_kernel(
         y = _load(y_ptr, query, is_query, y_stride_t, C, COMPUTE, BLOCK_C)
         delta = tl.sum(dy.to(COMPUTE) * y, axis=1)
 
-    begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[:, None]
-    begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)
-    begin_2 = tl.where(is_query, begin_2, -_NOWHERE)[:, None]
-    at_1, at_2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
-    seen = _is_seen(at_1, at_2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
-    s = _scores(q, k, seen, SCALE, COMPUTE)
-    p = _power(s * FACTOR - top[:, None]) * over[:, None]
+    begin_1, size_1 = _keys_of(p1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
+    begin_2, size_2 = _keys_of(p2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
+    seen = _is_seen(from_1, from_2, begin_1, begin_2, size_1, size_2, TILE, TILE_2, LINE)
+    s = _products_of_rows(q, k, COMPUTE)
+    p = _probabilities(s, seen, top[:, None], FACTOR) * over[:, None]
     nothing = tl.zeros((TILE, BLOCK_C), COMPUTE)
     if NEED_DS:
-        dp = _product(dy, tl.trans(v), tl.zeros((TILE, TILE), COMPUTE))
+        dp = _products_of_rows(dy, v, COMPUTE)
         ds = (p * (dp - delta[:, None])).to(PRODUCT)
 
     is_mine = _is_owned(k1, k2, is_key, first_1, first_2, STEP_1, STEP_2, LINE)
@@ -443,7 +470,7 @@ def _neighborhood_attention_bwd_dq_kernel(
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t, y_stride_b, y_stride_h, y_stride_t,
     dy_stride_b, dy_stride_h, dy_stride_t, dq_stride_b, dq_stride_h, dq_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, UNIT: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
     LINE: tl.constexpr, OFFSET: tl.constexpr,
@@ -452,6 +479,7 @@ def _neighborhood_attention_bwd_dq_kernel(
     BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write delta, and dq where it is wanted."""
+    FACTOR: tl.constexpr = SCALE * UNIT
     TILE: tl.constexpr = TILE_1 * TILE_2
     BLOCK_N: tl.constexpr = BLOCK_1 * BLOCK_2
     sample, head, r1, r2, first_1, first_2 = _tile_of_program(
@@ -470,8 +498,8 @@ def _neighborhood_attention_bwd_dq_kernel(
     tl.store(delta_ptr + tokens + query, delta, mask=is_query)
 
     if NEED_DQ:
-        begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[:, None]
-        begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)[:, None]
+        begin_1, size_1 = _keys_of(p1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
+        begin_2, size_2 = _keys_of(p2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
         last_1, last_2 = tl.minimum(first_1 + TILE_1, L1) - 1, tl.minimum(first_2 + TILE_2, L2) - 1
         low_1, high_1 = _keys_of_tile(first_1, last_1, L1, KERNEL_1, LEFT_1, SHIFTED)
         low_2, high_2 = _keys_of_tile(first_2, last_2, L2, KERNEL_2, LEFT_2, SHIFTED)
@@ -487,7 +515,7 @@ def _neighborhood_attention_bwd_dq_kernel(
         blocks = across
         if not LINE:
             blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
-        for block in range(0, blocks):
+        for block in range(blocks):
             from_1, from_2 = low_1, low_2 + block * BLOCK_2
             if not LINE:
                 from_1 = low_1 + block // across * BLOCK_1
@@ -496,11 +524,12 @@ def _neighborhood_attention_bwd_dq_kernel(
             key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
             k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
             v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
-            k1, k2 = k1[None, :], tl.where(is_key, k2, _NOWHERE)[None, :]
-            seen = _is_seen(k1, k2, begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
-            s = _scores(q, k, seen, SCALE, COMPUTE)
-            p = _power(s * FACTOR - top[:, None])
-            dp = _product(dy, tl.trans(v), tl.zeros((TILE, BLOCK_N), COMPUTE))
+            seen = _is_seen(
+                from_1, from_2, begin_1, begin_2, size_1, size_2, BLOCK_N, BLOCK_2, LINE
+            )
+            s = _products_of_rows(q, k, COMPUTE)
+            p = _probabilities(s, seen, top[:, None], FACTOR)
+            dp = _products_of_rows(dy, v, COMPUTE)
             dq = _product(p * (dp - delta[:, None]), k, dq)
 
         dq_ptr = _image_of(dq_ptr, sample, head, dq_stride_b, dq_stride_h)
@@ -515,7 +544,7 @@ def _neighborhood_attention_bwd_dkv_kernel(
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t, dy_stride_b, dy_stride_h, dy_stride_t,
     dk_stride_b, dk_stride_h, dk_stride_t, dv_stride_b, dv_stride_h, dv_stride_t, H, T1, T2,
-    C: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SHIFTED: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, UNIT: tl.constexpr, SHIFTED: tl.constexpr,
     KERNEL_1: tl.constexpr, DILATION_1: tl.constexpr, LEFT_1: tl.constexpr,
     KERNEL_2: tl.constexpr, DILATION_2: tl.constexpr, LEFT_2: tl.constexpr,
     LINE: tl.constexpr, OFFSET: tl.constexpr,
@@ -523,6 +552,7 @@ def _neighborhood_attention_bwd_dkv_kernel(
     TILE_1: tl.constexpr, TILE_2: tl.constexpr,
     BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    FACTOR: tl.constexpr = SCALE * UNIT
     TILE: tl.constexpr = TILE_1 * TILE_2
     BLOCK_N: tl.constexpr = BLOCK_1 * BLOCK_2
     sample, head, r1, r2, first_1, first_2 = _tile_of_program(
@@ -542,13 +572,16 @@ def _neighborhood_attention_bwd_dkv_kernel(
     k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
     v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
 
+    # Keys along the rows, queries along the columns.
+    begin_1, size_1 = _queries_of(k1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
+    begin_2, size_2 = _queries_of(k2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
     dk = tl.zeros((TILE, BLOCK_C), COMPUTE)
     dv = tl.zeros((TILE, BLOCK_C), COMPUTE)
     across = tl.cdiv(high_2 - low_2, BLOCK_2)
     blocks = across
     if not LINE:
         blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
-    for block in range(0, blocks):
+    for block in range(blocks):
         from_1, from_2 = low_1, low_2 + block * BLOCK_2
         if not LINE:
             from_1 = low_1 + block // across * BLOCK_1
@@ -559,18 +592,14 @@ def _neighborhood_attention_bwd_dkv_kernel(
         dy = _load(dy_ptr, query, is_query, dy_stride_t, C, PRODUCT, BLOCK_C)
         top = tl.load(top_ptr + tokens + query, mask=is_query, other=0.0)
         over = tl.load(over_ptr + tokens + query, mask=is_query, other=0.0)
-        # Keys along the rows, queries along the columns.
-        begin_1 = _first_key(p1, L1, KERNEL_1, LEFT_1, SHIFTED)[None, :]
-        begin_2 = _first_key(p2, L2, KERNEL_2, LEFT_2, SHIFTED)
-        begin_2 = tl.where(is_query, begin_2, -_NOWHERE)[None, :]
-        seen = _is_seen(k1[:, None], k2[:, None], begin_1, begin_2, KERNEL_1, KERNEL_2, LINE)
-        s = _scores(k, q, seen, SCALE, COMPUTE)
-        p = _power(s * FACTOR - top[None, :]) * over[None, :]
+        seen = _is_seen(from_1, from_2, begin_1, begin_2, size_1, size_2, BLOCK_N, BLOCK_2, LINE)
+        s = _products_of_rows(k, q, COMPUTE)
+        p = _probabilities(s, seen, top[None, :], FACTOR) * over[None, :]
         if NEED_DV:
             dv = _product(p, dy, dv)
         if NEED_DK:
             delta = tl.load(delta_ptr + tokens + query, mask=is_query, other=0.0)
-            dp = _product(v, tl.trans(dy), tl.zeros((TILE, BLOCK_N), COMPUTE))
+            dp = _products_of_rows(v, dy, COMPUTE)
             dk = _product(p * (dp - delta[None, :]), q, dk)
 
     if NEED_DK:
@@ -693,11 +722,10 @@ class _Windows(NamedTuple):
         # The interpreter takes the bits of bfloat16 for integers.
         product = compute if interpreting() else q.dtype
         far = max(strides[2::3]) * self.T[0] * self.T[1] >= 1 << 31
-        # Other than a positive scale is multiplied before the greatest score is found.
-        factor = self.scale if self.scale > 0.0 else 1.0
         return {
             "C": q.shape[-1], "SCALE": self.scale, "SHIFTED": self.window == "shifted",
-            "FACTOR": factor if compute is torch.float64 else factor * math.log2(math.e),
+            # In float64 the base is e.
+            "UNIT": 1.0 if compute is torch.float64 else math.log2(math.e),
             "KERNEL_1": self.kernel[0], "DILATION_1": self.dilation[0],
             "LEFT_1": _left(self.kernel[0], self.window),
             "KERNEL_2": self.kernel[1], "DILATION_2": self.dilation[1],
