@@ -611,53 +611,52 @@ def _neighborhood_attention_bwd_dkv_kernel(
 
 
 def _square(n: int, planar: bool) -> tuple[int, int]:
-    """A block of n tokens: along a line, or a square, or nearly, which has the fewest neighbours."""
+    """n tokens along a line, or of a square, or nearly: it has the fewest neighbours."""
     n_1 = 1 << ((n.bit_length() - 1) // 2) if planar else 1
     return n_1, n // n_1
 
 
-def _config(
-    tile: int, block: int, planar: bool, C: int, num_warps: int, num_stages: int = 2
-) -> dict:
+def _tile(C: int, itemsize: int) -> int:
+    """How many rows of C features registers have room for, beside what they are multiplied by."""
+    return min({2: 64, 4: 32, 8: 16}[itemsize], 64 if C <= 128 else 32)
+
+
+def _config(tile: int, block: int, C: int, planar: bool, num_stages: int = 2) -> dict:
+    """4 warps: of 64 rows each has the 16 of an instruction, and 8 would do them twice."""
     (tile_1, tile_2), (block_1, block_2) = _square(tile, planar), _square(block, planar)
     return {
         "TILE_1": tile_1, "TILE_2": tile_2, "BLOCK_1": block_1, "BLOCK_2": block_2,
-        "BLOCK_C": max(16, next_power_of_2(C)), "num_warps": num_warps, "num_stages": num_stages,
+        "BLOCK_C": max(16, next_power_of_2(C)), "num_warps": 4, "num_stages": num_stages,
     }  # fmt: skip
 
 
-def _neighborhood_attention_fwd_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
-    """64 tokens against 64 at a time of 2-byte inputs; of wider ones, and of wide heads, fewer.
+def _neighborhood_attention_fwd_config(C: int, planar: bool, itemsize: int) -> dict:
+    """A tile of queries against as many keys at a time: its sides are then those of the products.
 
-    Heads of 128 features leave registers to half as many keys, but not where a narrow window on a
-    line would then take two blocks.
+    On a line the walk is of a few blocks, which are all asked for at once; in a plane it is longer,
+    and more programs at a time serve it better.
     """
-    tile = {2: 64, 4: 32, 8: 16}[itemsize]
-    if C > 128:
-        tile = min(tile, 32)
-    block = tile // 2 if 64 < C <= 128 and itemsize == 2 else tile
-    return _config(tile, block, planar, C, 4, 3 if planar or kernel > tile else 2)
+    tile = _tile(C, itemsize)
+    return _config(tile, tile, C, planar, num_stages=2 if planar or C > 64 else 3)
 
 
-def _neighborhood_attention_near_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
-    """As many tokens as leave all five products in registers."""
-    tile = {2: 64, 4: 32, 8: 16}[itemsize]
-    if C > 64:
-        tile = min(tile, 32)
-    config = _config(tile, tile, planar, C, 4)
+def _neighborhood_attention_near_config(C: int, planar: bool, itemsize: int) -> dict:
+    """A tile of which registers hold all that is read at once: of five rows a token, not of two."""
+    tile = _tile(C, itemsize) if C <= 64 else min(_tile(C, itemsize), 32)
+    config = _config(tile, tile, C, planar)
     return {name: value for name, value in config.items() if name not in ("BLOCK_1", "BLOCK_2")}
 
 
-def _neighborhood_attention_dq_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
-    """A tile as forward, against as many at a time as leave two products in registers."""
-    config = _neighborhood_attention_fwd_config(C, planar, kernel, itemsize)
-    tile = config["TILE_1"] * config["TILE_2"]
-    return _config(tile, max(16, tile // 2), planar, C, 8 if 64 < C <= 128 else 4)
+def _neighborhood_attention_dq_config(C: int, planar: bool, itemsize: int) -> dict:
+    """As forward; of wide heads, and of wider inputs, half as many keys: there are two products."""
+    tile = _tile(C, itemsize)
+    return _config(tile, tile if C <= 64 and itemsize == 2 else max(16, tile // 2), C, planar)
 
 
-def _neighborhood_attention_dkv_config(C: int, planar: bool, kernel: int, itemsize: int) -> dict:
-    """As dq, with a second gradient in registers."""
-    return _neighborhood_attention_dq_config(C, planar, kernel, itemsize)
+def _neighborhood_attention_dkv_config(C: int, planar: bool, itemsize: int) -> dict:
+    """As dq, but half as many queries from 64 features on: there are two sums."""
+    tile = _tile(C, itemsize)
+    return _config(tile, tile if C <= 32 and itemsize == 2 else max(16, tile // 2), C, planar)
 
 
 def _fwd_steps(
@@ -712,10 +711,9 @@ class _Windows(NamedTuple):
         """Of the longest sequence."""
         return cdiv(self.T[0], self.dilation[0]), cdiv(self.T[1], self.dilation[1])
 
-    def sizes(self, q: Tensor) -> tuple[int, bool, int, int]:
-        """What a launch depends on."""
-        (height, width), C = self.kernel, q.shape[-1]
-        return C, height > 1, height * width, q.itemsize
+    def sizes(self, q: Tensor) -> tuple[int, bool, int]:
+        """What a configuration depends on."""
+        return q.shape[-1], self.kernel[0] > 1, q.itemsize
 
     def constants(self, q: Tensor, strides: Sequence[int]) -> dict:
         compute = accumulator(q.dtype)

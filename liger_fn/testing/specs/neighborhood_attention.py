@@ -137,13 +137,20 @@ def benchmark(id: str, *shape: int, kernel_size, **options) -> Benchmark:
 def candidates(current: Config) -> list[Config]:
     """Tiles along a line, or squares and their halves, and blocks of half to twice their size."""
     line = current["TILE_1"] == 1
-    tiles = [(1, n) for n in (32, 64, 128)] if line else [(4, 8), (8, 8), (8, 16)]
-    return [
-        current | {"TILE_1": a, "TILE_2": b, "BLOCK_N": n, "num_warps": w, "num_stages": s}
-        for a, b in tiles
-        for n, w, s in product((16, 32, 64, 128), (4, 8), (1, 2, 3))
-        if a * b // 4 <= n <= 2 * a * b
-    ]
+    tiles = [(1, n) for n in (16, 32, 64, 128)] if line else [(4, 4), (4, 8), (8, 8), (8, 16)]
+    sizes = (16, 32, 64, 128, 256) if "BLOCK_2" in current else (0,)
+    found = []
+    for (a, b), n, w, s in product(tiles, sizes, (1, 2, 4, 8), (1, 2, 3)):
+        # A warp has 16 rows of a product.
+        if not 16 * w <= 2 * a * b <= 128 * w:
+            continue
+        tile = {"TILE_1": a, "TILE_2": b, "num_warps": w, "num_stages": s}
+        if n == 0:
+            found += [current | tile] if s == 1 else []
+        elif a * b // 2 <= n <= (2 if line else 4) * a * b:
+            block = room._square(n, not line)
+            found.append(current | tile | {"BLOCK_1": block[0], "BLOCK_2": block[1]})
+    return found
 
 
 def bad(id: str, change, error: type[Exception], sentence: str) -> BadCall:
@@ -241,7 +248,9 @@ SPEC = OpSpec(
     ),
     launches=(
         Launch(room, "_neighborhood_attention_fwd_config", "fwd", candidates),
-        Launch(room, "_neighborhood_attention_bwd_config", "bwd", candidates),
+        Launch(room, "_neighborhood_attention_near_config", "bwd", candidates),
+        Launch(room, "_neighborhood_attention_dq_config", "bwd", candidates),
+        Launch(room, "_neighborhood_attention_dkv_config", "bwd", candidates),
     ),
     huge=Case("2080x16x1024x64", huge),
 )  # fmt: skip
