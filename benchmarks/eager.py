@@ -370,6 +370,11 @@ def neighborhood_attention(
 def windows(T: int, size: int, dilation: int, window: str, device: torch.device) -> Tensor:
     """Which of T tokens see which."""
     query, key = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
+    return in_window(query, key, T, size, dilation, window)
+
+
+def in_window(query: Tensor, key: Tensor, T: int, size: int, dilation: int, window: str) -> Tensor:
+    """Whether a query of T tokens sees a key."""
     place = query // dilation
     first = place - (size - 1 if window == "causal" else size // 2)
     if window == "shifted":

@@ -170,26 +170,30 @@ class Flex(Provider):
         attend = torch.compile(flex_attention, dynamic=False)
         masks: dict[tuple, Any] = {}
 
-        def call(q, k, v, kernel_size, *, dilation=1, window="shifted"):
+        def call(q, k, v, kernel_size, *, dilation=1, window="shifted", scale=None):
+            sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
+            steps = dilation if isinstance(dilation, tuple) else (dilation,) * len(sizes)
+            if q.dim() != 3 + len(sizes):
+                raise NotImplementedError("only of a batch and of heads, both of them there")
             lengths = q.shape[2:-1]
-            key = (lengths, kernel_size, dilation, window)
+            key = (lengths, sizes, steps, window)
             if key not in masks:
-                sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
-                sees = [
-                    eager.windows(T, size, dilation, window, q.device)
-                    for T, size in zip(lengths, sizes, strict=True)
-                ]
-                width = lengths[-1]
 
                 def allowed(b, h, i, j):
-                    if len(sees) == 1:
-                        return sees[0][i, j]
-                    return sees[0][i // width, j // width] & sees[1][i % width, j % width]
+                    # From the last dimension to the first, as numbers of tokens are read.
+                    seen = None
+                    for T, size, step in zip(
+                        *(x[::-1] for x in (lengths, sizes, steps)), strict=True
+                    ):
+                        here = eager.in_window(i % T, j % T, T, size, step, window)
+                        seen = here if seen is None else seen & here
+                        i, j = i // T, j // T
+                    return seen
 
                 T = lengths.numel()
                 masks[key] = create_block_mask(allowed, None, None, T, T, q.device)
             q, k, v = (t.flatten(2, -2) for t in (q, k, v))
-            return attend(q, k, v, block_mask=masks[key]).unflatten(2, lengths)
+            return attend(q, k, v, block_mask=masks[key], scale=scale).unflatten(2, lengths)
 
         return call
 

@@ -21,6 +21,7 @@ from benchmarks.providers import PROVIDERS, Eager, Provider
 from benchmarks.report import Row
 from benchmarks.timing import Clock, Step, Timing, host_ms, in_turns, step
 from benchmarks.tiny import tiny
+from liger_fn.functional import neighborhood_attention
 from liger_fn.functional.activation import softmax as softmax_file
 from liger_fn.testing.spec import Benchmark, Launch, around
 from liger_fn.testing.specs import specs
@@ -312,6 +313,23 @@ def test_providers_name_known_ops(provider):
     assert own - {"call", "missing", "version"} <= set(SPECS)
     assert provider.name
     assert not provider.modules or provider.install
+
+
+@pytest.mark.parametrize("window", ["shifted", "cut", "causal"])
+@pytest.mark.parametrize(
+    ("lengths", "kernel_size", "dilation"), [((19,), 4, 2), ((5, 7), (2, 3), (2, 1))]
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_sees_the_windows_of_our_op(lengths, kernel_size, dilation, window, monkeypatch):
+    # Its mask is what is at stake, not how it compiles.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    attend = PROVIDERS["flex"].call("neighborhood_attention")
+    q, k, v = torch.randn(3, 2, 3, *lengths, 16).unbind()
+    options = {"dilation": dilation, "window": window}
+    expected = neighborhood_attention(q, k, v, kernel_size, **options)
+    torch.testing.assert_close(attend(q, k, v, kernel_size, **options), expected)
+    with pytest.raises(NotImplementedError, match="only of a batch and of heads"):
+        attend(q[0], k[0], v[0], kernel_size, **options)
 
 
 def test_a_sliced_reference_equals_the_whole(monkeypatch):

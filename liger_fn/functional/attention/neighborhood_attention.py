@@ -1,7 +1,7 @@
 """Neighbourhood attention: each token attends to a window around it, along a line or in a plane.
 
-    s_ij = scale · q_i · k_j, j in the window of i        top_i = max_j s_ij
-    p_ij = exp(s_ij − top_i) / total_i                    total_i = Σ_j exp(s_ij − top_i)
+    s_ij = scale · q_i · k_j, j in the window of i        top_i  = max_j s_ij
+    p_ij = over_i exp(s_ij − top_i)                       over_i = 1 / Σ_j exp(s_ij − top_i)
     y_i  = Σ_j p_ij v_j
 
     ds_ij = p_ij (dy_i · v_j − delta_i)                   delta_i = dy_i · y_i
@@ -14,10 +14,20 @@ rectangle of its queries: programs walk along that rectangle alone, a block at a
 grows with T · window, and no score is ever in memory. In one dimension the rectangle is one row.
 All sums have a fixed order.
 
+Where windows are narrow, or sequences short, the rectangle is one block, and there is no walk: the
+forward pass knows all scores of a query at once, and one kernel has all three gradients of a tile,
+from one block of queries and one of keys. Pairs at the edge of two tiles are computed for both, and
+each gradient is stored by one.
+
+Such windows leave little to do for a byte, so that instructions decide. Kernels take powers of 2
+(top has the factor log₂ e), which scales a score and takes the greatest off it at once. Tokens of
+an image are counted in 32 bits, where it has no more elements than that.
+
 Memory traffic in bytes per element of a 2-byte q, where caches hold what windows share: 8 forward
-(read q, k, v, write y), 22 backward (dq reads q, k, v, y, dy and writes dq; dk and dv read q, k, v,
-dy and write both; some of that from the caches). Kept are q, k, v, y, top and total: of one
-sum, top + log total, large scores would take the digits.
+(read q, k, v, write y); 16 backward of narrow windows (read q, k, v, y, dy, write dq, dk, dv), of
+others 22 (dq reads q, k, v, y, dy and writes dq; dk and dv read q, k, v, dy and write both; some of
+that from the caches). Kept are q, k, v, y, top and over: of one sum, top − log over, large scores
+would take the digits.
 
 PyTorch's flex_attention takes such windows as a mask of blocks. Of it there is no forward mode, no
 vmap, no second derivative and, on a CPU, no gradient.
@@ -128,7 +138,7 @@ def _product(a, b, acc):
 
 @triton.jit
 def _power(x):
-    """2ˣ, one instruction; of float64, whose FACTOR is another, eˣ."""
+    """2ˣ, which is one instruction; of float64, whose UNIT is another, eˣ."""
     if x.dtype == tl.float64:
         power = tl.exp(x)
     else:
@@ -294,7 +304,7 @@ def _products_of_rows(a, b, COMPUTE: tl.constexpr):
 def _scores(q, k, seen, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
     """q · kᵀ where it is seen, else −∞; times the scale, if that changes which is the greatest."""
     s = _products_of_rows(q, k, COMPUTE)
-    if SCALE <= 0.0:
+    if not SCALE > 0.0:
         s *= SCALE
     return tl.where(seen, s, float("-inf"))
 
