@@ -7,6 +7,7 @@ from test_fused_linear_cross_entropy import LargestTensor
 import liger_fn.nn as lnn
 from liger_fn.functional import neighborhood_attention, using
 from liger_fn.functional.attention import neighborhood_attention as room
+from liger_fn.functional.core.launch import tl
 
 
 def who_sees_whom(device, *lengths, C=16, **options):
@@ -73,6 +74,36 @@ def test_a_window_as_wide_as_the_sequence_is_full_attention(device):
     y = neighborhood_attention(q, k, v, 9)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(y, expected)
+
+
+def far(T: int, stride: int):
+    q = torch.empty(1, 1, T, 16, device="meta")
+    windows = room._Windows((1, 3), (1, 1), "cut", 0.25, (1, T))
+    return windows.constants(q, [0, 0, stride])["OFFSET"]
+
+
+def test_tokens_are_counted_in_64_bits_where_an_image_may_have_so_many_elements():
+    assert far(4096, 1024) == far(1 << 20, 2047) == tl.int32
+    assert far(1 << 20, 2048) == far(4096, 1 << 19) == tl.int64
+
+
+@pytest.mark.parametrize("window", room.WINDOWS)
+@pytest.mark.parametrize("kernel_size", [1, 2, 5, 6])
+def test_a_tile_that_a_launch_calls_near_has_all_that_it_sees_and_all_that_see_it(
+    kernel_size, window
+):
+    """By hand, at every length: the launch knows only the longest."""
+    config = {"TILE_1": 1, "TILE_2": 16}
+    for T in range(kernel_size, 60):
+        steps = room._near_steps((1, T), (1, kernel_size), window, config)
+        at, inside = room._neighbours(T, kernel_size, 1, window, torch.device("cpu"))
+        pairs = [(i, int(j)) for i in range(T) for j in at[i][inside[i]]]
+        for first in range(0, T, steps[1]):
+            mine = range(first, first + steps[1])
+            keys = [j for i, j in pairs if i in mine]
+            queries = [i for i, j in pairs if j in mine]
+            assert max(keys) - min(keys) < 16
+            assert max(queries) - min(queries) < 16
 
 
 def test_a_plane_of_one_row_is_a_line(device):
