@@ -520,6 +520,9 @@ def _neighborhood_attention_bwd_dq_kernel(
         top = tl.load(top_ptr + tokens + query, mask=is_query, other=0.0)
         over = tl.load(over_ptr + tokens + query, mask=is_query, other=0.0)
 
+        # Of a query all probabilities have the factor `over`: it can wait for their sum, unless
+        # what is summed might then be out of range.
+        LATE: tl.constexpr = q.dtype != tl.float16
         dq = tl.zeros((TILE, BLOCK_C), COMPUTE)
         across = tl.cdiv(high_2 - low_2, BLOCK_2)
         blocks = across
@@ -539,13 +542,15 @@ def _neighborhood_attention_bwd_dq_kernel(
             )
             s = _products_of_rows(q, k, COMPUTE)
             p = _probabilities(s, seen, top[:, None], FACTOR)
+            if not LATE:
+                p *= over[:, None]
             dp = _products_of_rows(dy, v, COMPUTE)
             dq = _product(p * (dp - delta[:, None]), k, dq)
 
         dq_ptr = _image_of(dq_ptr, sample, head, dq_stride_b, dq_stride_h)
-        # Of a query all probabilities have this factor, so that it waits for their sum.
-        dq *= (over * SCALE)[:, None]
-        _store(dq_ptr, query, is_query, dq_stride_t, dq, C, BLOCK_C)
+        if LATE:
+            dq *= over[:, None]
+        _store(dq_ptr, query, is_query, dq_stride_t, dq * SCALE, C, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["H", "T1", "T2"])
@@ -919,9 +924,9 @@ def neighborhood_attention(
             windows do not fit into T: kernel_size · dilation tokens are needed.
         NotImplementedError: C is more than 256.
 
-    Precision: scores and sums are float32 (float64 for float64); probabilities, and the gradients
-        of scores, are rounded to the dtype of q where a product takes them; every output is rounded
-        once.
+    Precision: scores and sums are float32 (float64 for float64); exponentials, as they are or over
+        their sum, and the gradients of scores, are rounded to the dtype of q where a product takes
+        them; every output is rounded once.
     Memory: q, k, v, y and 8 bytes a token and head live until the backward pass; no scores ever do.
         The reference, which is what runs on a CPU, gathers kernel_size keys and values a token.
     Source: Hassani et al., "Neighborhood Attention Transformer", 2023; Hassani and Shi, "Dilated
