@@ -27,11 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_fn.functional.activation import softmax, sparsemax
+from liger_fn.functional.attention.causal_convolution import causal_conv_bwd, causal_conv_fwd
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import unit_stride
 
 Pair = int | tuple[int, int]
+# Of more heads a matrix product is the better convolution, and of more keys there would be too many
+# taps for registers.
+MOST_MIXED = 4
+WIDEST = 32
 
 
 def reference(
@@ -112,13 +117,36 @@ def multi_token_attention_fwd(
     sparse: bool,
 ) -> tuple[Tensor]:
     p, _, _ = _probabilities(scores, sparse)
-    sizes = (stride_q, stride_k), (padding_q, padding_k), (dilation_q, dilation_k)
+    padding, dilation = (padding_q, padding_k), (dilation_q, dilation_k)
+    if _mixes_few(weight, stride_q, stride_k, groups):
+        y = causal_conv_fwd(p, weight, bias, padding, dilation, groups)
+    else:
+        y = _conv_fwd(p, weight, bias, (stride_q, stride_k), padding, dilation, groups)
+    return (y.view(*scores.shape[:-3], *y.shape[-3:]),)
+
+
+def _mixes_few(weight: Tensor, stride_q: int, stride_k: int, groups: int) -> bool:
+    """Say whether our own convolution is the one to take: each map is a sum over few others."""
+    O, H, _, K = weight.shape
+    return stride_q == stride_k == 1 and max(H, O // groups) <= MOST_MIXED and K <= WIDEST
+
+
+def _conv_fwd(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
     with _fixed_order():
-        c = F.conv2d(p, weight.contiguous(), unit_stride(bias), *sizes, groups)
+        c = F.conv2d(
+            p, weight.contiguous(), unit_stride(bias), stride, padding, dilation, groups
+        )
     # What is padded above gives rows past the last query, too.
     square = c.shape[-2] == c.shape[-1] and c.is_contiguous()
-    y = c.tril_() if square else c[..., : c.shape[-1], :].tril()
-    return (y.view(*scores.shape[:-3], *y.shape[-3:]),)
+    return c.tril_() if square else c[..., : c.shape[-1], :].tril()
 
 
 def multi_token_attention_bwd(
@@ -139,19 +167,20 @@ def multi_token_attention_bwd(
     need_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     p, top, total = _probabilities(scores, sparse)
-    dc = dy.reshape(-1, *dy.shape[-3:]).tril()
-    rows = _results(p.shape[-2], weight.shape[-2], stride_q, padding_q, dilation_q)
-    if rows != dc.shape[-2]:
-        dc = F.pad(dc, (0, 0, 0, rows - dc.shape[-2]))
-    with _fixed_order():
-        dp, dweight, dbias = torch.ops.aten.convolution_backward(
-            dc, p, weight.contiguous(), None if bias is None else list(bias.shape),
-            [stride_q, stride_k], [padding_q, padding_k], [dilation_q, dilation_k],
-            False, [0, 0], groups, [need_dscores, need_dweight, need_dbias],
-        )  # fmt: skip
+    dy = dy.reshape(-1, *dy.shape[-3:])
+    padding, dilation = (padding_q, padding_k), (dilation_q, dilation_k)
+    wanted = need_dscores, need_dweight, need_dbias
+    if _mixes_few(weight, stride_q, stride_k, groups):
+        dp, dweight, dbias = causal_conv_bwd(
+            p, weight, bias, dy, padding, dilation, groups, *wanted
+        )
+    else:
+        dp, dweight, dbias = _conv_bwd(
+            p, weight, bias, dy, (stride_q, stride_k), padding, dilation, groups, wanted
+        )
 
     dscores = None
-    if need_dscores:
+    if dp is not None:
         if sparse:
             (dscores,) = sparsemax.sparsemax_bwd(p, p, dp)
         else:
@@ -159,6 +188,28 @@ def multi_token_attention_bwd(
             (dscores,) = softmax.causal_softmax_bwd(flat, top, total, dp)
         dscores = dscores.view(scores.shape)
     return dscores, dweight, dbias
+
+
+def _conv_bwd(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dy: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dc = dy.tril()
+    rows = _results(p.shape[-2], weight.shape[-2], stride[0], padding[0], dilation[0])
+    if rows != dc.shape[-2]:
+        dc = F.pad(dc, (0, 0, 0, rows - dc.shape[-2]))
+    with _fixed_order():
+        return torch.ops.aten.convolution_backward(
+            dc, p, weight.contiguous(), None if bias is None else list(bias.shape),
+            list(stride), list(padding), list(dilation), False, [0, 0], groups, list(wanted),
+        )  # fmt: skip
 
 
 _multi_token_attention = custom_vjp(
