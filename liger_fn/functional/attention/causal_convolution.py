@@ -1,26 +1,25 @@
 """A convolution of causal maps (B, H, T, T), all zero where the key's index is above the query's.
 
-    y_oij = bias_o + Σ_hqk weight_ohqk · x_h,i′j′, j ≤ i       i′ = i + q · dilation − padding
-    dx_hij = Σ_oqk weight_ohqk · dy_o,i″j″, j ≤ i              i″ = i − q · dilation + padding
-    dweight_ohqk = Σ_ij dy_oij · x_h,i′j′        dbias_o = Σ_ij dy_oij, both over j ≤ i
+    y_oij = bias_o + Σ_hqk weight_ohqk · x_h,i′j′ where j ≤ i, and 0 elsewhere
+    i′ = i + q · dilation − padding, and j′ so from j and k
 
-and j′, j″ alike; dy counts where j ≤ i. Heads h and o are of one group, and there are few of them:
-a map of one head is as much work as it is memory, so that matrix units, which mix many heads, would
-stand idle. dx is itself such a convolution, of dy, with the window reversed.
+    dx_hij = Σ_oqk weight_ohqk · dy_o,i″j″        i″ = i − q · dilation + padding, and j″ so
+    dweight_ohqk = Σ_ij dy_oij · x_h,i′j′         dbias_o = Σ_ij dy_oij
 
-A thread has ROWS x COLS neighbours of the result in registers. It reads each x that these need
-once, from the first-level cache, where the threads of a program share them, and multiplies it by
-all taps that it needs it for: 1 instruction a tap and result, and a share of the loads. For dweight it
-has ROWS x COLS neighbours of dy in registers instead, and a sum for every tap, over all tiles of
-its program. Whoever has the tiles above the diagonal reads nothing: y is 0 there, and dx is not
-written.
+dy counts where j ≤ i, and dx, which past the diagonal nobody reads, is not written there. A map is
+the sum over the few heads of its group: matrix units, which mix many, would have little to do.
 
-Memory traffic in bytes per element of 2-byte maps: 3 for y (read half of x, write y), 2 for dx (read
-half of dy, write half of dx), 2 for dweight (read half of dy and of x), once for each of the
-heads that an input, or for dweight an output, is mixed with; these are mostly in the cache.
+A thread has ROWS x COLS neighbours of y in registers. It reads each x that they need once, out of
+the first-level cache, as vectors of COLS, and multiplies it by all taps that they need it for: an
+instruction for a tap and a y, and few others. dx is such a convolution of dy, by the window
+reversed. For dweight a thread has ROWS x COLS neighbours of dy in registers, and a sum for each tap
+over all tiles of its program; the programs' sums are then added in a fixed order.
+
+Memory traffic in bytes per element of 2-byte maps, where the caches hold what taps and heads share:
+3 for y (read half of x, write y), 2 for dx (read half of dy, write half of dx), 2 for dweight and
+dbias (read half of dy and of x).
 """
 
-import torch
 from torch import Tensor
 
 from liger_fn.functional.core.direct import launch
@@ -51,12 +50,6 @@ def _load_weight(weight_ptr, TAPS: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl
 
 
 @triton.jit
-def _place(n: tl.constexpr, DILATION: tl.constexpr, SIDE: tl.constexpr):
-    """Give where the nth of the places is that SIDE neighbours need: they share them if they can."""
-    return n if DILATION <= SIDE else n // SIDE * DILATION + n % SIDE
-
-
-@triton.jit
 def _load_row(
     x_ptr, row, col, T,
     WINDOW: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, COLS: tl.constexpr,
@@ -81,15 +74,14 @@ def _load_row(
 
 @triton.jit
 def _parted(x, SIZE: tl.constexpr):
-    """Part x along its last dimension, of SIZE, a power of two: a tuple of the rest."""
-    parts = no_blocks()
-    if SIZE == 1:
-        parts += (tl.reshape(x, x.shape[:-1]),)
+    """Part x along its last dimension, of SIZE, a power of two above one."""
+    if SIZE == 2:
+        parts = tl.split(x)
     else:
         HALF: tl.constexpr = SIZE // 2
-        pairs = tl.reshape(x, x.shape[:-1] + (HALF, 2))
-        even, odd = tl.split(pairs)
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], HALF, 2)))
         evens, odds = _parted(even, HALF), _parted(odd, HALF)
+        parts = no_blocks()
         for i in tl.static_range(HALF):
             parts += (evens[i], odds[i])
     return parts
@@ -156,10 +148,11 @@ def _conv_kernel(
             weight = _load_weight(
                 weight_ptr + (of_h + STEP * first_q) * WINDOW_K, TAPS, STEP, COMPUTE
             )
+            first_x = first_q * DILATION_Q - PADDING_Q
             for s in tl.static_range(ROWS + (TAPS_Q - 1) * SHARED_Q):
                 x = _load_row(
                     x_ptr + (first_h + h).to(tl.int64) * T * T,
-                    rows + first_q * DILATION_Q - PADDING_Q + _place(s, DILATION_Q, ROWS),
+                    rows + (first_x + s // SHARED_Q * DILATION_Q + s % SHARED_Q),
                     cols, T, WINDOW_K, PADDING_K, DILATION_K, COLS, REVERSED, COMPUTE,
                 )  # fmt: skip
                 acc_next = no_blocks()
@@ -188,25 +181,27 @@ def _conv_kernel(
             tl.store(y_ptr + r * T_OUT + cols, zeros, mask=inside)
 
 
-def _conv_config(WINDOW_Q: int, WINDOW_K: int) -> dict:
-    """A thread has 4 rows of 8 columns: 16 bytes of a 2-byte map at once, and few of them twice.
+def _conv_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int) -> dict:
+    """A thread has 4 rows of 16 bytes, as much as it loads at once; of float64 2, for registers.
 
     The taps that it multiplies them by are in registers too, up to 36 of them: whole rows of the
     window, in equal steps. More would leave a multiprocessor too few threads.
     """
-    taps_q = max(n for n in range(1, WINDOW_Q + 1) if WINDOW_Q % n == 0 and n * WINDOW_K <= 36 or n == 1)
-    return {
-        "ROWS": 4, "COLS": 8, "TAPS_Q": taps_q, "BLOCK_I": 16, "BLOCK_J": 8, "num_warps": 4,
-    }  # fmt: skip
+    steps = [n for n in range(1, WINDOW_Q + 1) if WINDOW_Q % n == 0 and n * WINDOW_K <= 36]
+    tile = {
+        2: {"ROWS": 4, "COLS": 8, "BLOCK_I": 16, "BLOCK_J": 8, "num_warps": 4},
+        4: {"ROWS": 4, "COLS": 4, "BLOCK_I": 16, "BLOCK_J": 16, "num_warps": 8},
+        8: {"ROWS": 2, "COLS": 2, "BLOCK_I": 16, "BLOCK_J": 16, "num_warps": 8},
+    }[itemsize]
+    return {**tile, "TAPS_Q": max(steps, default=1)}
 
 
 def causal_conv_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, dilation: Pair, groups: int
 ) -> Tensor:
     """Give y (B, O, T', T') of x (B, H, T, T), which is 0 above the diagonal; 0 there, too."""
-    T, (O, _, Q, K) = x.shape[-1], weight.shape
-    T_out = T + 2 * padding[1] - dilation[1] * (K - 1)
-    y = x.new_empty(x.shape[0], O, T_out, T_out)
+    T_out = x.shape[-1] + 2 * padding[1] - dilation[1] * (weight.shape[-1] - 1)
+    y = x.new_empty(len(x), len(weight), T_out, T_out)
     _convolve(x, weight, bias, y, padding, dilation, groups, reverse=False)
     return y
 
@@ -223,7 +218,7 @@ def _convolve(
 ) -> None:
     if has_work(y):
         (H_in, T), (H_out, T_out), (Q, K) = x.shape[1:3], y.shape[1:3], weight.shape[-2:]
-        config = _conv_config(Q, K)
+        config = _conv_config(Q, K, x.element_size())
         tiles = cdiv(T_out, config["ROWS"] * config["BLOCK_I"])
         tiles *= cdiv(T_out, config["COLS"] * config["BLOCK_J"])
         launch(
@@ -267,6 +262,7 @@ def _conv_bwd_dweight_kernel(
     first_q = program % (WINDOW_Q // TAPS_Q) * TAPS_Q
     pair = program // (WINDOW_Q // TAPS_Q)
     h, head = pair % IN, pair // IN
+    first_x = first_q * DILATION_Q - PADDING_Q
     acc = no_blocks()
     for _ in tl.static_range(TAPS):
         acc += (tl.zeros((BLOCK_I, BLOCK_J), COMPUTE),)
@@ -289,7 +285,7 @@ def _conv_bwd_dweight_kernel(
         for s in tl.static_range(ROWS + (TAPS_Q - 1) * SHARED_Q):
             x = _load_row(
                 x_ptr + of_x,
-                rows + first_q * DILATION_Q - PADDING_Q + _place(s, DILATION_Q, ROWS),
+                rows + (first_x + s // SHARED_Q * DILATION_Q + s % SHARED_Q),
                 cols, T, WINDOW_K, PADDING_K, DILATION_K, COLS, False, COMPUTE,
             )  # fmt: skip
             acc_next = no_blocks()
@@ -303,19 +299,24 @@ def _conv_bwd_dweight_kernel(
                     acc_next += (total,)
             acc = acc_next
 
-    for _ in tl.static_range(TAPS_UP - TAPS):
-        acc += (tl.zeros((BLOCK_I, BLOCK_J), COMPUTE),)
-    dweight = tl.sum(tl.reshape(_joined(acc, TAPS_UP), (BLOCK_I * BLOCK_J, TAPS_UP)), axis=0)
-    tap = tl.arange(0, TAPS_UP)
-    part = (nth.to(tl.int64) * H_OUT * IN + pair) * WINDOW_Q * WINDOW_K + first_q * WINDOW_K + tap
-    tl.store(dweight_part_ptr + part, dweight, mask=tap < TAPS)
+    if dweight_part_ptr is not None:
+        for _ in tl.static_range(TAPS_UP - TAPS):
+            acc += (tl.zeros((BLOCK_I, BLOCK_J), COMPUTE),)
+        dweight = tl.sum(tl.reshape(_joined(acc, TAPS_UP), (BLOCK_I * BLOCK_J, TAPS_UP)), axis=0)
+        tap = tl.arange(0, TAPS_UP)
+        part = (nth.to(tl.int64) * H_OUT * IN + pair) * WINDOW_Q + first_q
+        tl.store(dweight_part_ptr + part * WINDOW_K + tap, dweight, mask=tap < TAPS)
     if dbias_part_ptr is not None and h == 0 and first_q == 0:
         tl.store(dbias_part_ptr + nth * H_OUT + head, tl.sum(tl.sum(dbias, axis=1), axis=0))
 
 
-def _conv_bwd_dweight_config(WINDOW_Q: int, WINDOW_K: int) -> dict:
-    """As forward, on square tiles; `per_sm` programs have registers for a sum a tap."""
-    return {**_conv_config(WINDOW_Q, WINDOW_K), "per_sm": 3}
+def _conv_bwd_dweight_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int) -> dict:
+    """As forward: its tiles are square, and a sum is in registers for each tap that was there.
+
+    That leaves registers for `per_sm` programs on a multiprocessor.
+    """
+    config = _conv_config(WINDOW_Q, WINDOW_K, itemsize)
+    return {**config, "per_sm": 12 // config["num_warps"]}
 
 
 def causal_conv_bwd(
@@ -343,24 +344,22 @@ def causal_conv_bwd(
     if not (need_dweight or need_dbias):
         return dx, None, None
 
-    (B, H, T, _), (O, T_out), (_, _, Q, K) = x.shape, dy.shape[1:3], weight.shape
-    config = _conv_bwd_dweight_config(Q, K)
+    (H, T), (H_out, T_out), (Q, K) = x.shape[1:3], dy.shape[1:3], weight.shape[-2:]
+    config = _conv_bwd_dweight_config(Q, K, x.element_size())
     at_once = config.pop("per_sm") * sm_count(x.device)
     half = cdiv(cdiv(T_out, config["ROWS"] * config["BLOCK_I"]), 2)
-    tiles = B * half * (2 * half + 1)
+    tiles = len(x) * half * (2 * half + 1)
     sums = weight.shape[0] * weight.shape[1] * (Q // config["TAPS_Q"])
     strips, strip = strips_of(tiles, 1, max(1, at_once // sums))
     dtype = accumulator(x.dtype)
-    dweight_part = x.new_empty(strips, weight.numel(), dtype=dtype)
-    dbias_part = x.new_empty(strips, O, dtype=dtype) if need_dbias else None
+    parts = [None if t is None else x.new_empty(strips, t.numel(), dtype=dtype) for t in like]
     launch(
         _conv_bwd_dweight_kernel, (sums * strips,),
-        unit_stride(x), unit_stride(dy), dweight_part, dbias_part,
-        T, T_out, H, O, tiles, strip,
-        IN=H // groups, OUT=O // groups, WINDOW_Q=Q, WINDOW_K=K,
+        unit_stride(x), unit_stride(dy), *parts, T, T_out, H, H_out, tiles, strip,
+        IN=H // groups, OUT=H_out // groups, WINDOW_Q=Q, WINDOW_K=K,
         PADDING_Q=padding[0], PADDING_K=padding[1],
         DILATION_Q=dilation[0], DILATION_K=dilation[1], COMPUTE=triton_dtype(dtype),
         TAPS_UP=next_power_of_2(config["TAPS_Q"] * K), **config,
     )  # fmt: skip
-    (dweight,), (dbias,) = sums_of_parts([dweight_part], like[:1]), sums_of_parts([dbias_part], like[1:])
+    (dweight,), (dbias,) = (sums_of_parts(parts[i : i + 1], like[i : i + 1]) for i in range(2))
     return dx, dweight, dbias

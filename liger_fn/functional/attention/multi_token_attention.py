@@ -127,8 +127,8 @@ def multi_token_attention_fwd(
 
 def _mixes_few(weight: Tensor, stride_q: int, stride_k: int, groups: int) -> bool:
     """Say whether our own convolution is the one to take: each map is a sum over few others."""
-    O, H, _, K = weight.shape
-    return stride_q == stride_k == 1 and max(H, O // groups) <= MOST_MIXED and K <= WIDEST
+    mixed = max(weight.shape[1], weight.shape[0] // groups)
+    return stride_q == stride_k == 1 and mixed <= MOST_MIXED and weight.shape[-1] <= WIDEST
 
 
 def _conv_fwd(
@@ -141,9 +141,7 @@ def _conv_fwd(
     groups: int,
 ) -> Tensor:
     with _fixed_order():
-        c = F.conv2d(
-            p, weight.contiguous(), unit_stride(bias), stride, padding, dilation, groups
-        )
+        c = F.conv2d(p, weight.contiguous(), unit_stride(bias), stride, padding, dilation, groups)
     # What is padded above gives rows past the last query, too.
     square = c.shape[-2] == c.shape[-1] and c.is_contiguous()
     return c.tril_() if square else c[..., : c.shape[-1], :].tril()
