@@ -50,25 +50,58 @@ def _load_weight(weight_ptr, TAPS: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl
 
 
 @triton.jit
-def _load_row(
-    x_ptr, row, col, T,
-    WINDOW: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, COLS: tl.constexpr,
-    CUT: tl.constexpr, COMPUTE: tl.constexpr,
+def _neighbours(
+    first_i, first_j,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Load what all taps of a row need, each once; where it is to be CUT, 0 past the diagonal."""
-    # Neighbours share columns if the taps are near enough; vectors are then where memory has them.
-    SHARED: tl.constexpr = DILATION <= COLS
-    LEAD: tl.constexpr = -PADDING % COLS if SHARED else 0
-    SPAN: tl.constexpr = LEAD + COLS + (WINDOW - 1) * DILATION
-    x = no_blocks()
+    """Give the first row of each thread, and all its columns; the first of these if not ALIGNED."""
+    row = first_i + tl.arange(0, BLOCK_I)[:, None] * ROWS
+    col = first_j + tl.arange(0, BLOCK_J)[None, :] * COLS
+    if ALIGNED:
+        row, col = row[:, :, None], col[:, :, None] + tl.arange(0, COLS)[None, None, :]
+    return row, col
+
+
+@triton.jit
+def _columns(
+    col, T,
+    WINDOW: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Give the columns that the taps of a row need, and which are inside: vectors, or one by one.
+
+    Where rows are not ALIGNED, to vectors, the compiler would load these by way of shared memory.
+    """
+    LEAD: tl.constexpr = -PADDING % COLS if ALIGNED and DILATION <= COLS else 0
+    # Neighbours share columns if the taps are near enough.
+    SHARED: tl.constexpr = DILATION if DILATION < COLS else COLS
+    SIZE: tl.constexpr = COLS if ALIGNED else 1
+    at, inside = no_blocks(), no_blocks()
+    for n in tl.static_range(0, LEAD + COLS + (WINDOW - 1) * SHARED, SIZE):
+        column = col + (n // SHARED * DILATION + n % SHARED - PADDING - LEAD)
+        at += (column,)
+        inside += ((column >= 0) & (column < T),)
+    return at, inside
+
+
+@triton.jit
+def _load_row(
+    x_ptr, row, at, inside, T,
+    COLS: tl.constexpr, CUT: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Load these columns of a row, one by one; where it is to be CUT, 0 past the diagonal."""
     x_ptr += row.to(tl.int64) * T
-    for v in tl.static_range((SPAN + COLS - 1) // COLS if SHARED else WINDOW):
-        at = col + (v * (COLS if SHARED else DILATION) - PADDING - LEAD)
-        inside = (row >= 0) & (row < T) & (at >= 0) & (at < T)
-        vector = tl.load(x_ptr + at, mask=inside, other=0.0)
+    in_t = (row >= 0) & (row < T)
+    x = no_blocks()
+    for n in tl.static_range(len(at)):
+        block = tl.load(x_ptr + at[n], mask=in_t & inside[n], other=0.0).to(COMPUTE)
         if CUT:
-            vector = tl.where(at <= row, vector, 0.0)
-        x += _parted(vector.to(COMPUTE), COLS)
+            block = tl.where(at[n] <= row, block, 0.0)
+        if ALIGNED:
+            x += _parted(block, COLS)
+        else:
+            x += (block,)
     return x
 
 
@@ -103,13 +136,13 @@ def _joined(x, SIZE: tl.constexpr):
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, T, T_OUT, H_IN, H_OUT,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, T, T_OUT, H_OUT,
     IN: tl.constexpr, OUT: tl.constexpr, WINDOW_Q: tl.constexpr, WINDOW_K: tl.constexpr,
     PADDING_Q: tl.constexpr, PADDING_K: tl.constexpr,
     DILATION_Q: tl.constexpr, DILATION_K: tl.constexpr,
     REVERSED: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TAPS_Q: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     HEIGHT: tl.constexpr = ROWS * BLOCK_I
     WIDTH: tl.constexpr = COLS * BLOCK_J
@@ -117,19 +150,18 @@ def _conv_kernel(
     STEP: tl.constexpr = -1 if REVERSED else 1
     SHARED_Q: tl.constexpr = DILATION_Q if DILATION_Q < ROWS else ROWS
     SHARED_K: tl.constexpr = DILATION_K if DILATION_K < COLS else COLS
-    LEAD_K: tl.constexpr = -PADDING_K % COLS if DILATION_K <= COLS else 0
+    LEAD_K: tl.constexpr = -PADDING_K % COLS if ALIGNED and DILATION_K <= COLS else 0
     program = tl.program_id(0)
     first_j = program % tl.cdiv(T_OUT, WIDTH) * WIDTH
     program //= tl.cdiv(T_OUT, WIDTH)
     first_i = program % tl.cdiv(T_OUT, HEIGHT) * HEIGHT
     image = program // tl.cdiv(T_OUT, HEIGHT)
     head = image % H_OUT
-    rows = first_i + tl.arange(0, BLOCK_I)[:, None, None] * ROWS
+    rows, cols = _neighbours(first_i, first_j, ROWS, COLS, BLOCK_I, BLOCK_J, True)
     y_ptr += image.to(tl.int64) * T_OUT * T_OUT + rows.to(tl.int64) * T_OUT
-    cols = first_j + tl.arange(0, BLOCK_J)[None, :, None] * COLS + tl.arange(0, COLS)[None, None, :]
 
     if first_j < first_i + HEIGHT:
-        first_h = image // H_OUT * H_IN + head // OUT * IN
+        first_h = image // OUT * IN
         if REVERSED:
             weight_ptr += (head // OUT * IN * OUT + head % OUT) * WINDOW_Q * WINDOW_K
             weight_ptr += WINDOW_Q * WINDOW_K - 1
@@ -142,6 +174,8 @@ def _conv_kernel(
         for _ in tl.static_range(ROWS * COLS):
             acc += (start,)
 
+        row, col = _neighbours(first_i, first_j, ROWS, COLS, BLOCK_I, BLOCK_J, ALIGNED)
+        at, inside = _columns(col, T, WINDOW_K, PADDING_K, DILATION_K, COLS, ALIGNED)
         for step in range(IN * (WINDOW_Q // TAPS_Q)):
             h, first_q = step // (WINDOW_Q // TAPS_Q), step % (WINDOW_Q // TAPS_Q) * TAPS_Q
             of_h = h * OUT * WINDOW_Q if REVERSED else h * WINDOW_Q
@@ -152,8 +186,8 @@ def _conv_kernel(
             for s in tl.static_range(ROWS + (TAPS_Q - 1) * SHARED_Q):
                 x = _load_row(
                     x_ptr + (first_h + h).to(tl.int64) * T * T,
-                    rows + (first_x + s // SHARED_Q * DILATION_Q + s % SHARED_Q),
-                    cols, T, WINDOW_K, PADDING_K, DILATION_K, COLS, REVERSED, COMPUTE,
+                    row + (first_x + s // SHARED_Q * DILATION_Q + s % SHARED_Q),
+                    at, inside, T, COLS, REVERSED, COMPUTE, ALIGNED,
                 )  # fmt: skip
                 acc_next = no_blocks()
                 for r in tl.static_range(ROWS):
@@ -172,13 +206,11 @@ def _conv_kernel(
                 y += (acc[r * COLS + c],)
             y = tl.reshape(_joined(y, COLS), (BLOCK_I, BLOCK_J, COLS))
             y = tl.where(cols <= rows + r, y, 0.0)
-            inside = (rows + r < T_OUT) & (cols < T_OUT)
-            tl.store(y_ptr + r * T_OUT + cols, y, mask=inside)
+            tl.store(y_ptr + r * T_OUT + cols, y, mask=(rows + r < T_OUT) & (cols < T_OUT))
     elif not REVERSED:
         zeros = tl.zeros((BLOCK_I, BLOCK_J, COLS), COMPUTE)
         for r in tl.static_range(ROWS):
-            inside = (rows + r < T_OUT) & (cols < T_OUT)
-            tl.store(y_ptr + r * T_OUT + cols, zeros, mask=inside)
+            tl.store(y_ptr + r * T_OUT + cols, zeros, mask=(rows + r < T_OUT) & (cols < T_OUT))
 
 
 def _conv_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int) -> dict:
@@ -194,6 +226,11 @@ def _conv_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int) -> dict:
         8: {"ROWS": 2, "COLS": 2, "BLOCK_I": 16, "BLOCK_J": 16, "num_warps": 8},
     }[itemsize]
     return {**tile, "TAPS_Q": max(steps, default=1)}
+
+
+def _aligned(T: int, T_out: int) -> bool:
+    """Say whether every row begins where a vector may; Triton knows of no less than 16 numbers."""
+    return T % 16 == T_out % 16 == 0
 
 
 def causal_conv_fwd(
@@ -223,11 +260,12 @@ def _convolve(
         tiles *= cdiv(T_out, config["COLS"] * config["BLOCK_J"])
         launch(
             _conv_kernel, (len(y) * H_out * tiles,),
-            unit_stride(x), unit_stride(weight), unit_stride(bias), y, T, T_out, H_in, H_out,
+            unit_stride(x), unit_stride(weight), unit_stride(bias), y, T, T_out, H_out,
             IN=H_in // groups, OUT=H_out // groups, WINDOW_Q=Q, WINDOW_K=K,
             PADDING_Q=padding[0], PADDING_K=padding[1],
             DILATION_Q=dilation[0], DILATION_K=dilation[1],
-            REVERSED=reverse, COMPUTE=triton_dtype(accumulator(x.dtype)), **config,
+            REVERSED=reverse, COMPUTE=triton_dtype(accumulator(x.dtype)),
+            ALIGNED=_aligned(T, T_out), **config,
         )  # fmt: skip
 
 
@@ -246,17 +284,18 @@ def _tile_below(tile, T, SIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles", "strip"])
 def _conv_bwd_dweight_kernel(
-    x_ptr, dy_ptr, dweight_part_ptr, dbias_part_ptr, T, T_OUT, H_IN, H_OUT, tiles, strip,
+    x_ptr, dy_ptr, dweight_part_ptr, dbias_part_ptr, T, T_OUT, H_OUT, tiles, strip,
     IN: tl.constexpr, OUT: tl.constexpr, WINDOW_Q: tl.constexpr, WINDOW_K: tl.constexpr,
     PADDING_Q: tl.constexpr, PADDING_K: tl.constexpr,
     DILATION_Q: tl.constexpr, DILATION_K: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TAPS_Q: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TAPS_UP: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = TAPS_Q * WINDOW_K
     SHARED_Q: tl.constexpr = DILATION_Q if DILATION_Q < ROWS else ROWS
     SHARED_K: tl.constexpr = DILATION_K if DILATION_K < COLS else COLS
-    LEAD_K: tl.constexpr = -PADDING_K % COLS if DILATION_K <= COLS else 0
+    LEAD_K: tl.constexpr = -PADDING_K % COLS if ALIGNED and DILATION_K <= COLS else 0
     strips = tl.cdiv(tiles, strip)
     nth, program = tl.program_id(0) % strips, tl.program_id(0) // strips
     first_q = program % (WINDOW_Q // TAPS_Q) * TAPS_Q
@@ -270,23 +309,26 @@ def _conv_bwd_dweight_kernel(
 
     for tile in range(nth * strip, tl.minimum((nth + 1) * strip, tiles)):
         image, first_i, first_j = _tile_below(tile, T_OUT, ROWS * BLOCK_I)
-        rows = first_i + tl.arange(0, BLOCK_I)[:, None, None] * ROWS
-        cols = tl.arange(0, BLOCK_J)[None, :, None] * COLS + tl.arange(0, COLS)[None, None, :]
-        cols += first_j
-        of_dy = (image * H_OUT + head).to(tl.int64) * T_OUT * T_OUT
-        of_x = (image * H_IN + head // OUT * IN + h).to(tl.int64) * T * T
+        row, col = _neighbours(first_i, first_j, ROWS, COLS, BLOCK_I, BLOCK_J, ALIGNED)
+        image = image * H_OUT + head
+        of_dy = image.to(tl.int64) * T_OUT * T_OUT
+        of_x = (image // OUT * IN + h).to(tl.int64) * T * T
+        at, inside = _columns(col, T_OUT, 1, 0, 1, COLS, ALIGNED)
         dy = no_blocks()
         for r in tl.static_range(ROWS):
-            dy += _load_row(dy_ptr + of_dy, rows + r, cols, T_OUT, 1, 0, 1, COLS, True, COMPUTE)
+            dy += _load_row(
+                dy_ptr + of_dy, row + r, at, inside, T_OUT, COLS, True, COMPUTE, ALIGNED
+            )
         if dbias_part_ptr is not None:
             for n in tl.static_range(ROWS * COLS):
                 dbias += dy[n]
 
+        at, inside = _columns(col, T, WINDOW_K, PADDING_K, DILATION_K, COLS, ALIGNED)
         for s in tl.static_range(ROWS + (TAPS_Q - 1) * SHARED_Q):
             x = _load_row(
                 x_ptr + of_x,
-                rows + (first_x + s // SHARED_Q * DILATION_Q + s % SHARED_Q),
-                cols, T, WINDOW_K, PADDING_K, DILATION_K, COLS, False, COMPUTE,
+                row + (first_x + s // SHARED_Q * DILATION_Q + s % SHARED_Q),
+                at, inside, T, COLS, False, COMPUTE, ALIGNED,
             )  # fmt: skip
             acc_next = no_blocks()
             for q in tl.static_range(TAPS_Q):
@@ -355,11 +397,11 @@ def causal_conv_bwd(
     parts = [None if t is None else x.new_empty(strips, t.numel(), dtype=dtype) for t in like]
     launch(
         _conv_bwd_dweight_kernel, (sums * strips,),
-        unit_stride(x), unit_stride(dy), *parts, T, T_out, H, H_out, tiles, strip,
+        unit_stride(x), unit_stride(dy), *parts, T, T_out, H_out, tiles, strip,
         IN=H // groups, OUT=H_out // groups, WINDOW_Q=Q, WINDOW_K=K,
         PADDING_Q=padding[0], PADDING_K=padding[1],
         DILATION_Q=dilation[0], DILATION_K=dilation[1], COMPUTE=triton_dtype(dtype),
-        TAPS_UP=next_power_of_2(config["TAPS_Q"] * K), **config,
+        TAPS_UP=next_power_of_2(config["TAPS_Q"] * K), ALIGNED=_aligned(T, T_out), **config,
     )  # fmt: skip
     (dweight,), (dbias,) = (sums_of_parts(parts[i : i + 1], like[i : i + 1]) for i in range(2))
     return dx, dweight, dbias
