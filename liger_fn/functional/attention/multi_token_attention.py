@@ -7,14 +7,18 @@
     dweight, dbias, dp = the convolution's own, of dc, p and weight
     ds = p · (dp − Σ_j dp · p), or sparsemax's own
 
-The convolution is PyTorch's. Kept are the scores and the weight alone: p is computed again, which
-costs less memory traffic than the convolution beside it, and takes B · H · T² numbers out of
-memory. No mask is read, and none has a pass of its own over the scores: the kernels know the
-diagonal, read nothing past it, and write zeros there.
+Kept are the scores and the weight alone: p is computed again, which costs less memory traffic than
+the convolution beside it, and takes B · H · T² numbers out of memory. No mask is read, and none has
+a pass of its own over the scores: the kernels know the diagonal, read nothing past it, and write
+zeros there.
 
-Memory traffic beside the convolution, in bytes per element of 2-byte scores: 4 forward (read half
-the scores, write p, write zeros on half of y), 10 backward (the same for p, read half of dy, write
-dc, read half of the scores and of dp, write ds).
+The convolution has kernels of its own, in causal_convolution.py, where it has stride 1 and each
+head is mixed from and into at most MOST_MIXED others, by windows of at most WIDEST keys; others are
+PyTorch's.
+
+Memory traffic in bytes per element of 2-byte scores, with these kernels: 6 forward (read half the
+scores, write p, read half of p, write y), 11 backward (the same for p, read half of dy and write
+half of dp, read half of p and of dy for dweight, read half of the scores and of dp, write ds).
 """
 
 import contextlib
@@ -33,8 +37,8 @@ from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.launch import unit_stride
 
 Pair = int | tuple[int, int]
-# Of more heads a matrix product is the better convolution, and of more keys there would be too many
-# taps for registers.
+# Of more heads a matrix product is the better convolution; a row of more taps does not fit into
+# registers.
 MOST_MIXED = 4
 WIDEST = 32
 
@@ -259,10 +263,11 @@ def multi_token_attention(
         ValueError: a shape or device does not fit, or other numbers of queries and keys, or none,
             come out.
 
-    Precision: weights are computed in float32 (float64 for float64) and rounded once; the
-        convolution is PyTorch's, with its sums in float32, and with TF32 products of float32 where
-        `torch.backends.cudnn.allow_tf32`. A query all of whose scores are −∞ has weights 0, as in
-        softmax under a mask; of sparsemax, NaN.
+    Precision: weights of attention are computed in float32 (float64 for float64) and rounded once,
+        and so are the sums of the convolution. With a stride, with more than 4 heads in a group,
+        before or after the mixing, or with K above 32 these are PyTorch's, of TF32 products of
+        float32 where `torch.backends.cudnn.allow_tf32`. A query all of whose scores are −∞ has
+        weights 0, as in softmax under a mask; of sparsemax, NaN.
     Memory: scores and weight live until the backward pass; (..., H, T, T) weights of attention only
         while a pass runs.
     Source: Golovneva et al., "Multi-Token Attention", 2025; Martins and Astudillo, "From Softmax to

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from liger_fn.functional import multi_token_attention
 from liger_fn.functional.activation import softmax, sparsemax
+from liger_fn.functional.attention import causal_convolution
 from liger_fn.functional.attention import multi_token_attention as room
-from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, OpSpec
+from liger_fn.functional.core.launch import accumulator, next_power_of_2, triton_dtype
+from liger_fn.testing.spec import BadCall, Benchmark, Case, Compilation, Config, Launch, OpSpec
 from liger_fn.testing.specs.softmax import compilation
 from liger_fn.testing.specs.sparsemax import by_sorting
 
@@ -52,9 +54,69 @@ def as_torch(scores, weight, bias=None, *, padding=0, sparse=False, **options):
     return y.reshape(*scores.shape[:-3], *y.shape[-3:])
 
 
+def convolutions(
+    dtype: torch.dtype, window: tuple[int, int], groups_of: int = 1, aligned: bool = True
+) -> list[Compilation]:
+    """The three kernels of a convolution with causal padding."""
+    (Q, K), itemsize = window, dtype.itemsize
+    constants = {
+        "IN": groups_of, "OUT": groups_of, "WINDOW_Q": Q, "WINDOW_K": K, "DILATION_Q": 1,
+        "DILATION_K": 1, "PADDING_Q": Q - 1, "PADDING_K": K // 2, "ALIGNED": aligned,
+        "COMPUTE": triton_dtype(accumulator(dtype)),
+    }  # fmt: skip
+    y = constants | causal_convolution._conv_config(Q, K, itemsize) | {"REVERSED": False}
+    dx = y | {"REVERSED": True, "PADDING_Q": 0, "bias_ptr": None}
+    dweight = constants | causal_convolution._conv_bwd_dweight_config(Q, K, itemsize)
+    del dweight["per_sm"]
+    dweight["TAPS_UP"] = next_power_of_2(dweight["TAPS_Q"] * K)
+    kind = f"{dtype}-{Q}x{K}-{groups_of}".removeprefix("torch.") + ("" if aligned else "-unaligned")
+    return [
+        convolution(f"y-{kind}", causal_convolution._conv_kernel, y, dtype),
+        convolution(f"dx-{kind}", causal_convolution._conv_kernel, dx, dtype),
+        convolution(f"dweight-{kind}", causal_convolution._conv_bwd_dweight_kernel, dweight, dtype),
+    ]
+
+
+def convolution(id: str, kernel, config: dict, dtype: torch.dtype) -> Compilation:
+    constants = dict(config)
+    warps = constants.pop("num_warps")
+    kind, sums = (f"*{triton_dtype(t)}" for t in (dtype, accumulator(dtype)))
+    signature = {
+        n: sums if "part" in n else kind if n.endswith("_ptr") else "i32"
+        for n in inspect.signature(kernel.fn).parameters
+        if n not in constants
+    }
+    return Compilation(id, kernel, signature, constants, warps)
+
+
+def candidates(current: Config) -> list[Config]:
+    """Threads of more or fewer rows in tiles of other shapes."""
+    tiles = [
+        {"ROWS": rows, "BLOCK_I": i, "BLOCK_J": j, "num_warps": i * j // 32}
+        for rows, i, j in ((4, 16, 8), (4, 8, 16), (4, 8, 8), (4, 16, 16), (8, 8, 8), (2, 16, 16))
+    ]
+    return [current | tile for tile in tiles if current["COLS"] == 8]
+
+
+def square_candidates(current: Config) -> list[Config]:
+    """Square tiles, of programs of which more or fewer are on a multiprocessor."""
+    tiles = [
+        {"ROWS": rows, "BLOCK_I": i, "BLOCK_J": j, "num_warps": i * j // 32, "per_sm": per_sm}
+        for rows, i, j in ((4, 16, 8), (4, 32, 16), (8, 8, 8), (2, 32, 8))
+        for per_sm in (1, 2, 3, 4, 6)
+    ]
+    return [current | tile for tile in tiles if current["COLS"] == 8]
+
+
 def kernels() -> list[Compilation]:
-    """The causal kernels of softmax and sparsemax."""
-    out = []
+    """The causal kernels of softmax and sparsemax, and the convolution's."""
+    out = [
+        *convolutions(torch.bfloat16, (3, 3)),
+        *convolutions(torch.bfloat16, (6, 11), groups_of=2),
+        *convolutions(torch.bfloat16, (6, 11), aligned=False),
+        *convolutions(torch.float32, (6, 11)),
+        *convolutions(torch.float64, (3, 3)),
+    ]
     lowest = torch.finfo(torch.float32).min
     for T in (2048, 65536):
         config = softmax._softmax_fwd_config(T)
@@ -131,7 +193,7 @@ SPEC = OpSpec(
     sizes=(
         case(0, padding=1, id="empty"),
         case(1, H=1, out=1, T=1, window=(1, 1), id="one"),
-        case(1, T=70, window=(6, 11), groups=2, padding="causal", id="paper"),
+        case(1, T=64, window=(6, 11), groups=2, padding="causal", id="paper"),
         case(1, T=37, window=(4, 3), padding=(15, 10), dilation=(10, 10), id="far"),
         case(1, H=1, out=1, T=130, padding=1, sparse=True, id="sparse"),
         case(1, H=1, out=1, T=40, padding=1, size=100.0, id="large"),
@@ -171,6 +233,10 @@ SPEC = OpSpec(
             "got 0 and 0."),
     ),
     kernels=kernels,
+    launches=(
+        Launch(causal_convolution, "_conv_config", "fwd", candidates),
+        Launch(causal_convolution, "_conv_bwd_dweight_config", "bwd", square_candidates),
+    ),
     benchmarks=(
         benchmark(1, 32, 1024, (3, 3), 32, padding=1),
         benchmark(1, 32, 2048, (6, 11), 32, padding="causal"),
