@@ -238,7 +238,7 @@ def causal_conv_fwd(
 ) -> Tensor:
     """Give y (B, O, T', T') of x (B, H, T, T), which is 0 above the diagonal; 0 there, too."""
     T_out = x.shape[-1] + 2 * padding[1] - dilation[1] * (weight.shape[-1] - 1)
-    y = x.new_empty(len(x), len(weight), T_out, T_out)
+    y = x.new_empty(x.shape[0], weight.shape[0], T_out, T_out)
     _convolve(x, weight, bias, y, padding, dilation, groups, reverse=False)
     return y
 
@@ -259,7 +259,7 @@ def _convolve(
         tiles = cdiv(T_out, config["ROWS"] * config["BLOCK_I"])
         tiles *= cdiv(T_out, config["COLS"] * config["BLOCK_J"])
         launch(
-            _conv_kernel, (len(y) * H_out * tiles,),
+            _conv_kernel, (y.shape[0] * H_out * tiles,),
             unit_stride(x), unit_stride(weight), unit_stride(bias), y, T, T_out, H_out,
             IN=H_in // groups, OUT=H_out // groups, WINDOW_Q=Q, WINDOW_K=K,
             PADDING_Q=padding[0], PADDING_K=padding[1],
@@ -390,7 +390,7 @@ def causal_conv_bwd(
     config = _conv_bwd_dweight_config(Q, K, x.element_size())
     at_once = config.pop("per_sm") * sm_count(x.device)
     half = cdiv(cdiv(T_out, config["ROWS"] * config["BLOCK_I"]), 2)
-    tiles = len(x) * half * (2 * half + 1)
+    tiles = x.shape[0] * half * (2 * half + 1)
     sums = weight.shape[0] * weight.shape[1] * (Q // config["TAPS_Q"])
     strips, strip = strips_of(tiles, 1, max(1, at_once // sums))
     dtype = accumulator(x.dtype)

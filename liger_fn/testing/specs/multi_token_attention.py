@@ -195,6 +195,7 @@ SPEC = OpSpec(
         case(1, H=1, out=1, T=1, window=(1, 1), id="one"),
         case(1, T=64, window=(6, 11), groups=2, padding="causal", id="paper"),
         case(1, T=37, window=(4, 3), padding=(15, 10), dilation=(10, 10), id="far"),
+        case(1, H=1, out=1, T=16, window=(1, 1), padding=8, id="padded"),
         case(1, H=1, out=1, T=130, padding=1, sparse=True, id="sparse"),
         case(1, H=1, out=1, T=40, padding=1, size=100.0, id="large"),
         # Wider than what the kernels hold of a row would take T² of 2^28: see the tests of softmax.
