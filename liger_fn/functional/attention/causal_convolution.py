@@ -213,13 +213,15 @@ def _conv_kernel(
             tl.store(y_ptr + r * T_OUT + cols, zeros, mask=(rows + r < T_OUT) & (cols < T_OUT))
 
 
-def _conv_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int) -> dict:
+def _conv_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int, aligned: bool) -> dict:
     """A thread has 4 rows of 16 bytes, as much as it loads at once; of float64 2, for registers.
 
     The taps that it multiplies them by are in registers too, up to 36 of them: whole rows of the
-    window, in equal steps. More would leave a multiprocessor too few threads.
+    window, in equal steps. More would leave a multiprocessor too few threads. Rows that are not
+    aligned are loaded element by element, which takes registers from the taps.
     """
-    steps = [n for n in range(1, WINDOW_Q + 1) if WINDOW_Q % n == 0 and n * WINDOW_K <= 36]
+    most = 36 if aligned else 24
+    steps = [n for n in range(1, WINDOW_Q + 1) if WINDOW_Q % n == 0 and n * WINDOW_K <= most]
     tile = {
         2: {"ROWS": 4, "COLS": 8, "BLOCK_I": 16, "BLOCK_J": 8, "num_warps": 4},
         4: {"ROWS": 4, "COLS": 4, "BLOCK_I": 16, "BLOCK_J": 16, "num_warps": 8},
@@ -255,7 +257,8 @@ def _convolve(
 ) -> None:
     if has_work(y):
         (H_in, T), (H_out, T_out), (Q, K) = x.shape[1:3], y.shape[1:3], weight.shape[-2:]
-        config = _conv_config(Q, K, x.element_size())
+        aligned = _aligned(T, T_out)
+        config = _conv_config(Q, K, x.element_size(), aligned)
         tiles = cdiv(T_out, config["ROWS"] * config["BLOCK_I"])
         tiles *= cdiv(T_out, config["COLS"] * config["BLOCK_J"])
         launch(
@@ -265,7 +268,7 @@ def _convolve(
             PADDING_Q=padding[0], PADDING_K=padding[1],
             DILATION_Q=dilation[0], DILATION_K=dilation[1],
             REVERSED=reverse, COMPUTE=triton_dtype(accumulator(x.dtype)),
-            ALIGNED=_aligned(T, T_out), **config,
+            ALIGNED=aligned, **config,
         )  # fmt: skip
 
 
@@ -352,12 +355,12 @@ def _conv_bwd_dweight_kernel(
         tl.store(dbias_part_ptr + nth * H_OUT + head, tl.sum(tl.sum(dbias, axis=1), axis=0))
 
 
-def _conv_bwd_dweight_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int) -> dict:
+def _conv_bwd_dweight_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int, aligned: bool) -> dict:
     """As forward: its tiles are square, and a sum is in registers for each tap that was there.
 
     That leaves registers for `per_sm` programs on a multiprocessor.
     """
-    config = _conv_config(WINDOW_Q, WINDOW_K, itemsize)
+    config = _conv_config(WINDOW_Q, WINDOW_K, itemsize, aligned)
     return {**config, "per_sm": 12 // config["num_warps"]}
 
 
@@ -387,7 +390,8 @@ def causal_conv_bwd(
         return dx, None, None
 
     (H, T), (H_out, T_out), (Q, K) = x.shape[1:3], dy.shape[1:3], weight.shape[-2:]
-    config = _conv_bwd_dweight_config(Q, K, x.element_size())
+    aligned = _aligned(T, T_out)
+    config = _conv_bwd_dweight_config(Q, K, x.element_size(), aligned)
     at_once = config.pop("per_sm") * sm_count(x.device)
     half = cdiv(cdiv(T_out, config["ROWS"] * config["BLOCK_I"]), 2)
     tiles = x.shape[0] * half * (2 * half + 1)
@@ -401,7 +405,7 @@ def causal_conv_bwd(
         IN=H // groups, OUT=H_out // groups, WINDOW_Q=Q, WINDOW_K=K,
         PADDING_Q=padding[0], PADDING_K=padding[1],
         DILATION_Q=dilation[0], DILATION_K=dilation[1], COMPUTE=triton_dtype(dtype),
-        TAPS_UP=next_power_of_2(config["TAPS_Q"] * K), ALIGNED=_aligned(T, T_out), **config,
+        TAPS_UP=next_power_of_2(config["TAPS_Q"] * K), ALIGNED=aligned, **config,
     )  # fmt: skip
     (dweight,), (dbias,) = (sums_of_parts(parts[i : i + 1], like[i : i + 1]) for i in range(2))
     return dx, dweight, dbias

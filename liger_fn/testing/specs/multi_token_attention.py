@@ -64,9 +64,9 @@ def convolutions(
         "DILATION_K": 1, "PADDING_Q": Q - 1, "PADDING_K": K // 2, "ALIGNED": aligned,
         "COMPUTE": triton_dtype(accumulator(dtype)),
     }  # fmt: skip
-    y = constants | causal_convolution._conv_config(Q, K, itemsize) | {"REVERSED": False}
+    y = constants | causal_convolution._conv_config(Q, K, itemsize, aligned) | {"REVERSED": False}
     dx = y | {"REVERSED": True, "PADDING_Q": 0, "bias_ptr": None}
-    dweight = constants | causal_convolution._conv_bwd_dweight_config(Q, K, itemsize)
+    dweight = constants | causal_convolution._conv_bwd_dweight_config(Q, K, itemsize, aligned)
     del dweight["per_sm"]
     dweight["TAPS_UP"] = next_power_of_2(dweight["TAPS_Q"] * K)
     kind = f"{dtype}-{Q}x{K}-{groups_of}".removeprefix("torch.") + ("" if aligned else "-unaligned")
