@@ -220,7 +220,7 @@ def _conv_config(WINDOW_Q: int, WINDOW_K: int, itemsize: int, aligned: bool) -> 
     window, in equal steps. More would leave a multiprocessor too few threads. Rows that are not
     aligned are loaded element by element, which takes registers from the taps.
     """
-    most = 36 if aligned else 24
+    most = 36 if aligned else 12
     steps = [n for n in range(1, WINDOW_Q + 1) if WINDOW_Q % n == 0 and n * WINDOW_K <= most]
     tile = {
         2: {"ROWS": 4, "COLS": 8, "BLOCK_I": 16, "BLOCK_J": 8, "num_warps": 4},
