@@ -180,7 +180,7 @@ SPEC = OpSpec(
     # PyTorch 2.11 can do that of no convolution.
     symbolic=torch.__version__ >= (2, 12),
     cases=(
-        case(2, T=4, padding=1, id="softmax"),
+        case(2, padding=1, id="softmax"),
         case(2, T=4, padding="causal", sparse=True, id="sparse-causal"),
         case(1, H=4, out=8, groups=2, window=(2, 3), padding="causal", dilation=2, id="groups"),
         # PyTorch's convolution: of other strides, and of more heads than four.
