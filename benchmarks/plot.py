@@ -73,6 +73,8 @@ def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path)
     from matplotlib import pyplot
 
     here = [r for r in rows if r.shape == shape and r.peak_mib is not None and r.ms is not None]
+    here.sort(key=lambda r: r.peak_mib or 0.0)
+    lines_below = 0
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     line = sorted((r.peak_mib, r.ms) for r in here if _is_ours(r))
     axes.plot(*zip(*line, strict=True), color=_COLORS["liger_fn"], marker="o", zorder=3)
@@ -85,10 +87,11 @@ def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path)
             axes.scatter([row.peak_mib], [row.ms], color=color, zorder=3)
         # Ours below the line, straight; the others above it, aslant: they crowd at the fast end.
         below = _is_ours(row) or floor
+        lines_below = (lines_below + below) % 3
         axes.annotate(
             row.provider.removeprefix("liger_fn-"),
             (line[0][0], row.ms) if floor else (row.peak_mib, row.ms),
-            (0, -12) if below else (2, 6),
+            (0, -12 - 9 * lines_below) if below else (2, 6),
             textcoords="offset points",
             rotation=0 if below else 35,
             ha="center" if below else "left",
@@ -99,7 +102,7 @@ def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path)
     axes.xaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     axes.set_xlabel("peak memory above the inputs, MiB (gradients included)", fontsize=8)
     axes.set_ylabel("milliseconds, forward and backward", fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(r.ms or 0.0 for r in here))
     axes.set_title(f"{op} {shape}: {device}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
