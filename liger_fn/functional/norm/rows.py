@@ -642,6 +642,10 @@ def sums_of_parts(
     return sums
 
 
+# Of the launch that sums dweight or dbias alone.
+_APART = {"BLOCK_N": 8, "BLOCK_D": 256, "STAGES": 2, "num_warps": 4}
+
+
 def _dbias_is_apart(D: int, centred: bool) -> bool:
     """Whether x̂, g and the share of dweight leave no registers for that of dbias, which is then
     summed by a launch of its own: that reads dy again, a third of what was read and written.
@@ -759,39 +763,54 @@ def norm_bwd(
     modulated = T is not None or (bias is not None and offset is not None)
     most = 32 if T is None else next_power_of_2(T)
     kernel, block_n, per_sm = _norm_bwd_with(D, x.dtype, mean is not None, modulated, most, offset)
-    programs, strip = _strips_of_samples(N, T, block_n, per_sm * sm_count(x.device))
-    samples = 1 if T is None else N // T
-    # A program that has all rows of its sample has the sum. Triton's interpreter cannot round that
-    # of float64 to bfloat16.
-    are_sums = samples == programs > 1 and rstd.dtype == torch.float32
-    if are_sums:
-        parts = [None if t is None else dense_like(t) for t in like]
-    else:
-        shape = programs // samples, samples * D
-        parts = [None if t is None else x.new_empty(*shape, dtype=rstd.dtype) for t in like]
-    dweight_part, dbias_part = parts
     strides, held = (x_stride_n, dy_stride_n, ds_stride_n), "PIECES" in kernel.constants
-
-    with_dx: tuple[Tensor | None, Tensor | None] = (dweight_part, dbias_part)
-    apart: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not held:
-        with_dx, apart = apart, with_dx
-    elif _dbias_is_apart(D, mean is not None):
-        with_dx, apart = (dweight_part, None), (None, dbias_part)
+    apart = (not held, not held or _dbias_is_apart(D, mean is not None))
+    at_once = per_sm * sm_count(x.device)
+    programs, strip = _strips_of_samples(N, T, block_n, at_once)
+    with_dx, sums = _new_parts(like, [not a for a in apart], programs, N, D, T, rstd.dtype)
 
     if not held and need_dx:
         kernel((N,), x, weight, mean, rstd, dy, ds, dx, *strides, D, T)
     if held and any(t is not None for t in (dx, *with_dx)):
         kernel((programs,), x, weight, mean, rstd, dy, ds, dx, *with_dx, *strides, N, D, strip, T)
-    if any(t is not None for t in apart):
-        launch(
-            _norm_bwd_wide_dweight_kernel, (cdiv(D, 256) * programs,),
-            x, mean, rstd, dy, *apart, x_stride_n, dy_stride_n, N, D, strip, T,
-            COMPUTE=kernel.constants["COMPUTE"],
-            BLOCK_N=8, BLOCK_D=256, STAGES=2, num_warps=4,
-        )  # fmt: skip
-    dweight, dbias = parts if are_sums else sums_of_parts(parts, like)
+    if not sums:
+        with_dx = sums_of_parts(with_dx, like)
+    if not any(a and t is not None for a, t in zip(apart, like, strict=True)):
+        dweight, dbias = with_dx
+        return dx, dweight, dbias
+
+    # Long strips of few columns: in a short one most of the time is the wait for the first rows.
+    columns = cdiv(D, _APART["BLOCK_D"])
+    at_once = max(1, 8 * sm_count(x.device) // columns)
+    programs, strip = _strips_of_samples(N, T, _APART["BLOCK_N"], at_once)
+    alone, sums = _new_parts(like, apart, programs, N, D, T, rstd.dtype)
+    launch(
+        _norm_bwd_wide_dweight_kernel, (columns * programs,),
+        x, mean, rstd, dy, *alone, x_stride_n, dy_stride_n, N, D, strip, T,
+        COMPUTE=kernel.constants["COMPUTE"], **_APART,
+    )  # fmt: skip
+    if not sums:
+        alone = sums_of_parts(alone, like)
+    dweight, dbias = (t if u is None else u for t, u in zip(with_dx, alone, strict=True))
     return dx, dweight, dbias
+
+
+def _new_parts(
+    like: Sequence[Tensor | None], which: Sequence[bool], programs: int,
+    N: int, D: int, T: int | None, compute: torch.dtype,
+) -> tuple[list[Tensor | None], bool]:  # fmt: skip
+    """Memory for the shares of programs of some gradients, and whether these are the sums already.
+
+    A program that has all rows of its sample has the sum. Triton's interpreter cannot round that of
+    float64 to bfloat16.
+    """
+    samples = 1 if T is None else N // T
+    sums = samples == programs > 1 and compute == torch.float32
+    wanted = [t if w else None for t, w in zip(like, which, strict=True)]
+    if sums:
+        return [None if t is None else dense_like(t) for t in wanted], True
+    shape = programs // samples, samples * D
+    return [None if t is None else t.new_empty(*shape, dtype=compute) for t in wanted], False
 
 
 def check_norm(op: str, x: Tensor, eps: float, **features: Tensor | None) -> None:
