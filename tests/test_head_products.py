@@ -7,6 +7,8 @@ import torch
 
 import liger_fn.functional as LF
 from liger_fn.functional.linear_loss import products
+from liger_fn.functional.linear_loss.chunks import Limits
+from liger_fn.functional.linear_loss.cross_entropy import sum_over_chunks
 from liger_fn.functional.linear_loss.products import AllRows, Counted
 from liger_fn.functional.linear_loss.statistics import statistics
 from liger_fn.functional.loss import logprobs
@@ -135,6 +137,27 @@ def test_ignored_rows_touch_nothing(head, reduction):
         loss, alone = loss[live], alone[live]
     torch.testing.assert_close(loss, of_live[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone, of_live[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_gradient_is_added_to_memory_that_begins_anywhere(head, device):
+    """As one of a buffer of all gradients may."""
+    weight, x, y = head(140, 64, 300)
+    start = torch.randn(300 * 64 + 1, device=device)
+    plain, shifted = start[1:].clone().view(300, 64), start.clone()[1:].view(300, 64)
+    assert products.suits(weight, x, plain)
+    assert not products.suits(weight, x, shifted)
+    x = x.nan_to_num()
+    for total in (plain, shifted):
+        limits, options = Limits(None, None, wide=True), (-100, 0.0, 0.0, None, 1.0)
+        sum_over_chunks(weight, x, y, None, None, None, limits, options, total, None, None, True)
+    # Of 256 times the gradient of float16, for which logits may be rounded the other way.
+    torch.testing.assert_close(shifted, plain, rtol=1e-3, atol=0.05)
+
+
+def test_chips_of_amd_are_no_hoppers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not products._is_hopper(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -127,14 +127,17 @@ def new_kept(x: Tensor, rows: torch.Size, weight: Tensor, keep: bool) -> Tensor:
 
 
 def rows_of_head(
-    weight: Tensor, x: Tensor, y: Tensor, ignore_index: int, kept: Tensor | None = None
-) -> AllRows:
+    weight: Tensor, x: Tensor, y: Tensor, ignore_index: int,
+    kept: Tensor | None = None, dweight: Tensor | None = None,
+) -> AllRows:  # fmt: skip
     """The rows x (N, H) with targets y (N,): those that count in front, where the chip can skip the
     others, and no logits are kept, which stay where they are.
+
+    A dweight that is the caller's may begin where no product of tiles can add to it.
     """
     if kept is not None and kept.shape[-1]:
         return AllRows(x, y)
-    return Counted(x, y, ignore_index) if suits(weight, x) else AllRows(x, y)
+    return Counted(x, y, ignore_index) if suits(weight, x, dweight) else AllRows(x, y)
 
 
 def logits_to_keep(

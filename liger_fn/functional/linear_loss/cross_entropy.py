@@ -175,7 +175,7 @@ def sum_over_chunks(
     """Give the loss, and write the gradients that are given; with `onto`, add to dweight."""
     (V, H), N = weight.shape, y.numel()
     chunks = limits.plan(N, weight)
-    head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), options[0])
+    head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), options[0], dweight=dweight)
     row_weight = None if row_weight is None else row_weight.reshape(-1)
     needed = any(t is not None for t in (dweight, dx, dbias))
     plain = class_weight is None and options[1] == 0.0

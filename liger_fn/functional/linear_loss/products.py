@@ -39,9 +39,10 @@ _TILE: int = 128
 _PART_BYTES = 1 << 27
 
 
-def suits(weight: Tensor, x: Tensor) -> bool:
-    """Say whether these products are for such a head on such a chip."""
-    if x.itemsize != 2 or x.numel() == 0 or x.shape[-1] % 8 or not copies_tiles(weight):
+def suits(weight: Tensor, x: Tensor, dweight: Tensor | None = None) -> bool:
+    """Say whether these products are for such a head on such a chip, and for adding to dweight."""
+    tiled = (weight,) if dweight is None else (weight, dweight)
+    if x.itemsize != 2 or x.numel() == 0 or x.shape[-1] % 8 or not copies_tiles(*tiled):
         return False
     if interpreting():
         # The interpreter would cut bfloat16 off.
@@ -50,7 +51,8 @@ def suits(weight: Tensor, x: Tensor) -> bool:
 
 
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+    # AMD numbers its own chips.
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def copies_tiles(*ts: Tensor) -> bool:
