@@ -112,6 +112,14 @@ def test_statistics_without_logits(head, options):
     torch.testing.assert_close(rows[4] + rows[5], rows[1])
 
 
+def test_a_square_that_nobody_wants_is_not_taken(head):
+    """That of an lse of 1e25 is infinite, and 0 times that is no number."""
+    weight, x, y = head(20, 64, 100, 0.0)
+    with torch.no_grad():
+        loss = LF.fused_linear_cross_entropy(weight, x, y, reduction="none", logit_scale=1e25)
+    assert loss.isfinite().all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignored_rows_touch_nothing(head, reduction):
     """Their inputs are NaN, as those of padding may be."""

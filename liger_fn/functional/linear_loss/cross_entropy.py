@@ -209,7 +209,9 @@ def _without_logits(
     rows = new_rows(head.x, head.y.shape, with_entropy=False, with_top1=False)
     statistics(weight, bias, head, softcap, logit_scale, rows)
     logp, lse, *_ = rows
-    return 0.0 - logp + z_loss * lse.square(), lse
+    loss = 0.0 - logp
+    # Not 0 times a square that is out of range.
+    return loss if z_loss == 0.0 else loss + z_loss * lse.square(), lse
 
 
 @triton.jit
@@ -487,7 +489,8 @@ def fused_linear_cross_entropy(
         inputs.
     Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in
         float32 another 4·V·H bytes (for those of two chunks in 16 bits 128 MiB, before Hopper). On
-        Hopper also x once more and 17 MiB; but no logits without gradients.
+        Hopper also x once more (of halves a chunk's dx, too) and 17 MiB; but without gradients no
+        logits, and V / 128 numbers a row instead, of at most 16384 rows at once.
         Until the backward pass live weight, x, y and, for "mean" and "sum", the wanted gradients;
         for "none" the logits if the budget holds all of them, else 4 bytes a row, and the backward
         pass makes them again. The reference, which is what runs on a CPU, holds all logits.

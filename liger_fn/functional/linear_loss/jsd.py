@@ -103,9 +103,10 @@ def fused_linear_jsd(
         rounds them; losses never are. Sums over chunks are held as those of
         `fused_linear_cross_entropy`. float64 throughout for float64 inputs.
     Memory: above inputs and gradients, both logits of one chunk while a pass runs, and for sums in
-        float32 another 4·V·H bytes. Until the backward pass live the inputs and, for "mean" and
-        "sum", the wanted gradients; that of "none" makes both logits again. The reference, which is
-        what runs on a CPU, holds all logits.
+        float32 another 4·V·H bytes; with labels on Hopper also x and teacher_x once more and
+        17 MiB. Until the backward pass live the inputs and, for "mean" and "sum", the wanted
+        gradients; that of "none" makes both logits again. The reference, which is what runs on a
+        CPU, holds all logits.
     Source: Agarwal et al., "On-Policy Distillation of Language Models", 2024; Hsu et al., "Liger
         Kernel: Efficient Triton Kernels for LLM Training", 2024 (gradients made forward).
     """

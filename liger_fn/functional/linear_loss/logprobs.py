@@ -265,10 +265,11 @@ def fused_linear_logprobs(
         Hopper not where no gradient is wanted); all else is float32 (float64 for float64 x), and
         the sums over chunks of rows are held as those of `fused_linear_cross_entropy`.
     Memory: one buffer of chunk_size · V logits while a pass runs; on Hopper, where no gradient is
-        wanted, N · V / 64 numbers instead. weight, x, y and 8 bytes a row (12 with the entropy)
-        live until the backward pass, and the logits if the budget holds all of them; else it makes
-        them again. Kept logits give their memory to their gradient, unless the graph is kept too
-        or a compiler decides what is. The reference, which is what runs on a CPU, holds all logits.
+        wanted, V / 64 numbers a row instead, of at most 16384 rows at once, and x once more.
+        weight, x, y and 8 bytes a row (12 with the entropy) live until the backward pass, and the
+        logits if the budget holds all of them; else it makes them again. Kept logits give their
+        memory to their gradient, unless the graph is kept too or a compiler decides what is. The
+        reference, which is what runs on a CPU, holds all logits.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
     """
     op = "fused_linear_logprobs"

@@ -25,7 +25,7 @@ from liger_fn.functional.linear_loss.products import (
 )
 from liger_fn.functional.loss.cross_entropy import scaled_and_capped
 
-# Rows at a time: the numbers of their tiles then take at most 1/64 of what their logits would.
+# Rows at a time: of 128256 classes the numbers of their tiles then take 66 to 131 MB.
 _ROWS = 16384
 
 
