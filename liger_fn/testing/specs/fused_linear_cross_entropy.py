@@ -79,7 +79,7 @@ def kernels() -> list[Compilation]:
         )
         for held in ("bf16", "fp32")
     ]
-    return [*over_the_logits, *upstream, *products_of_tiles()]
+    return [*over_the_logits, *upstream, *products_of_tiles(), *orders_of_rows()]
 
 
 def tiles(dtype: str, pieces: int = 1, **blocks: str) -> dict[str, str]:
@@ -133,6 +133,34 @@ def statistics_of_tiles() -> list[Compilation]:
         of_tiles("statistics", kernel, signature, **options, **nothing),
         of_tiles("statistics-all", kernel, signature | more | {"bias_ptr": "*bf16"}, **options,
                  CAP=30.0),
+    ]  # fmt: skip
+
+
+def orders_of_rows() -> list[Compilation]:
+    """What takes rows to the front and back again, and puts together what is known of each."""
+    config = products.tiles_config()
+    where = {"y_ptr": "*i64", "places_ptr": "*i64", "count_ptr": "*i32"}
+    sizes = dict.fromkeys(("stride_n", "first", "N", "H", "V", "columns", "ignore_index"), "i32")
+    gathered = dict.fromkeys(("x_ptr", "out_ptr"), "*bf16")
+    spread = {"dx_ptr": "*bf16", "parts_ptr": "*fp32", "out_ptr": "*bf16"}
+    divided = {"PROGRAMS": 132} | {n: config[n] for n in ("GROUP", "BLOCK_M", "BLOCK_N")}
+    numbers = ("z_t", "top", "total", "moment", "logp", "lse", "entropy", "highest", "log_sum")
+    known = {f"{n}_ptr": "*fp32" for n in (*numbers, "top1")} | {"best_ptr": "*i32"}
+    nothing = dict.fromkeys(("moment_ptr", "best_ptr", "entropy_ptr", "top1_ptr"))
+    together = {"LOWEST": -3e38, "BLOCK_C": 64, "BLOCK_N": 32}
+
+    def of_rows(id: str, kernel, pointers: dict, num_warps: int = 4, **constants) -> Compilation:
+        given = where | sizes | pointers
+        signature = {n: given[n] for n in kernel.arg_names if n in given and n not in constants}
+        return Compilation(id, kernel, signature, constants, num_warps)
+
+    return [
+        of_rows("places", products._places_kernel, {}, 8, BLOCK=4096),
+        of_rows("gather", products._gather_kernel, gathered,
+                TILE=config["BLOCK_M"], BLOCK_N=8, BLOCK_H=1024),
+        of_rows("spread", products._spread_kernel, spread, BLOCK_R=16, **divided),
+        of_rows("combine", statistics._combine_kernel, known, **together, **nothing),
+        of_rows("combine-all", statistics._combine_kernel, known, **together),
     ]  # fmt: skip
 
 
