@@ -40,7 +40,7 @@ Pair = int | tuple[int, int]
 # Of more heads a matrix product is the better convolution; a row of more taps does not fit into
 # registers.
 MOST_MIXED = 4
-WIDEST = 32
+WIDEST = 16
 
 
 def reference(

@@ -465,7 +465,7 @@ def fused_linear_cross_entropy(
         max_valid: at most so many targets are not ignore_index, if the host knows; more of them
             make the loss NaN. Rows that do not count then take neither time nor memory. None: they
             take memory; and time, unless x has 16 bits and the chip is a Hopper, whose products
-            ask the device how many rows count.
+            ask the device how many rows count (but for logits that are kept for "none").
         memory_budget: bytes of logits held at once; None: 1.25 GiB; or, where only that leaves no
             more than two chunks, the bytes of weight in addition.
         accum_dtype: the dtype in which chunks add up, and in which the gradient of the weight of a
@@ -481,12 +481,11 @@ def fused_linear_cross_entropy(
             not of an integer dtype, an option is no number.
         ValueError: a shape or device does not fit, an option is out of its range.
 
-    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them (on
-        Hopper not where the loss alone is wanted); losses never are. Gradients are rounded as those
-        of PyTorch's products where one chunk holds all rows; the sum of two, by default, errs 1.2
-        times as much (1.22 of halves); in float32 as little as one chunk. An upstream gradient of
-        "mean" or "sum" that is no power of two rounds once more. float64 throughout for float64
-        inputs.
+    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them;
+        losses never are. Gradients are rounded as those of PyTorch's products where one chunk holds
+        all rows; the sum of two, by default, errs 1.2 times as much (1.22 of halves); in float32 as
+        little as one chunk. An upstream gradient of "mean" or "sum" that is no power of two rounds
+        once more. float64 throughout for float64 inputs.
     Memory: above inputs and gradients, the logits of one chunk while a pass runs, and for sums in
         float32 another 4·V·H bytes (for those of two chunks in 16 bits 128 MiB, before Hopper). On
         Hopper also x once more (of halves a chunk's dx, too) and 17 MiB; but without gradients no

@@ -261,9 +261,9 @@ def fused_linear_logprobs(
         ValueError: a shape or device does not fit, an option is out of its range.
         NotImplementedError: top1 of more than 2^24 classes.
 
-    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them (on
-        Hopper not where no gradient is wanted); all else is float32 (float64 for float64 x), and
-        the sums over chunks of rows are held as those of `fused_linear_cross_entropy`.
+    Precision: logits and their gradients are rounded to the dtype of x, as F.linear rounds them,
+        whether or not a gradient is wanted; all else is float32 (float64 for float64 x), and the
+        sums over chunks of rows are held as those of `fused_linear_cross_entropy`.
     Memory: one buffer of chunk_size · V logits while a pass runs; on Hopper, where no gradient is
         wanted, V / 64 numbers a row instead, of at most 16384 rows at once, and x once more.
         weight, x, y and 8 bytes a row (12 with the entropy) live until the backward pass, and the

@@ -5,7 +5,8 @@
 A tile of logits stays in the registers that sum it. Of each of its rows the highest z is written,
 and Σ exp(z − highest), and for the entropy Σ exp(z − highest) · (z − highest): 8 to 16 bytes for
 256 logits. A second kernel puts these together in a fixed order. Rows that do not count are not
-multiplied. Nothing is rounded to the dtype of x: logits are float32 throughout.
+multiplied. Logits are rounded to the dtype of x as those in memory are: with gradients and without
+the same numbers come out, and the ratio of two policies that are one is 1.
 """
 
 import torch
@@ -64,6 +65,7 @@ def _statistics_kernel(
             col = v + q * WIDTH + tl.arange(0, WIDTH)
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
+            z = z.to(x_desc.dtype).to(tl.float32)
             z = tl.where((col < V)[None, :], scaled_and_capped(z, SCALE, CAP), float("-inf"))
             here = (t >= v + q * WIDTH) & (t < tl.minimum(v + q * WIDTH + WIDTH, V))
             # Few tiles hold the target of any of their rows.

@@ -113,7 +113,7 @@ def kernels() -> list[Compilation]:
     out = [
         *convolutions(torch.bfloat16, (3, 3)),
         *convolutions(torch.bfloat16, (6, 11), groups_of=2),
-        *convolutions(torch.bfloat16, (6, 11), aligned=False),
+        *convolutions(torch.bfloat16, (6, room.WIDEST), aligned=False),
         *convolutions(torch.float32, (6, 11)),
         *convolutions(torch.float64, (3, 3)),
     ]
