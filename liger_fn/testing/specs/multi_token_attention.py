@@ -91,21 +91,25 @@ def convolution(id: str, kernel, config: dict, dtype: torch.dtype) -> Compilatio
 
 def candidates(current: Config) -> list[Config]:
     """Threads of more or fewer rows in tiles of other shapes."""
-    tiles = [
-        {"ROWS": rows, "BLOCK_I": i, "BLOCK_J": j, "num_warps": i * j // 32}
+    return [
+        current | {"ROWS": rows, "BLOCK_I": i, "BLOCK_J": j, "num_warps": i * j // 32}
         for rows, i, j in ((4, 16, 8), (4, 8, 16), (4, 8, 8), (4, 16, 16), (8, 8, 8), (2, 16, 16))
     ]
-    return [current | tile for tile in tiles if current["COLS"] == 8]
 
 
 def square_candidates(current: Config) -> list[Config]:
     """Square tiles, of programs of which more or fewer are on a multiprocessor."""
     tiles = [
-        {"ROWS": rows, "BLOCK_I": i, "BLOCK_J": j, "num_warps": i * j // 32, "per_sm": per_sm}
-        for rows, i, j in ((4, 16, 8), (4, 32, 16), (8, 8, 8), (2, 32, 8))
+        (rows, current["COLS"] * j // rows, j, per_sm)
+        for rows, j in ((4, 8), (4, 16), (8, 8), (2, 8))
         for per_sm in (1, 2, 3, 4, 6)
     ]
-    return [current | tile for tile in tiles if current["COLS"] == 8]
+    return [
+        current
+        | {"ROWS": rows, "BLOCK_I": i, "BLOCK_J": j, "num_warps": i * j // 32, "per_sm": per_sm}
+        for rows, i, j, per_sm in tiles
+        if i * j >= 32
+    ]
 
 
 def kernels() -> list[Compilation]:
