@@ -32,7 +32,8 @@ class Kernel:
         names = parameters or ("x", "y")
         self.params = [SimpleNamespace(is_constexpr=n.isupper()) for n in names]
 
-    def run(self, grid, *args, **constants):
+    def run(self, grid, *args, enable_fp_fusion, **constants):
+        assert enable_fp_fusion
         self.by_triton.append((grid, args, constants))
         return SimpleNamespace(
             run=lambda *got: self.directly.append((args, got)),
@@ -159,7 +160,7 @@ def test_what_was_not_compiled_is_not_remembered(known, x, monkeypatch):
     """Triton's jit_cache_hook may forbid to compile: nothing is launched then."""
     kernel = Kernel()
     with pytest.MonkeyPatch.context() as forbidding:
-        forbidding.setattr(Kernel, "__getitem__", lambda self, grid: lambda *args: None)
+        forbidding.setattr(Kernel, "__getitem__", lambda self, grid: lambda *args, **options: None)
         launch(kernel, (1,), x, 8)
     for _ in range(2):
         launch(kernel, (1,), x, 8)

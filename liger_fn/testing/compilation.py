@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+from liger_fn.functional.core.direct import OPTIONS
 from liger_fn.functional.core.launch import TRITON_MISSING, interpreted
 from liger_fn.testing.spec import Compilation
 from liger_fn.testing.specs import specs
@@ -108,7 +109,7 @@ def _costs(kernel: Compilation, chip: int) -> tuple[int, int, int]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", chip, 32),
-        options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+        options=OPTIONS | {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -59,6 +59,15 @@ _KNOWN_RUN = _known_run()
 MOST = 512
 
 
+# Bits do not depend on what a version of Triton or the environment take for the default.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+def by_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+    """Launch as `kernel[grid](*args, **constants)` does, and give what Triton compiled."""
+    return kernel[grid](*args, **constants, **OPTIONS)
+
+
 class _Compiled(NamedTuple):
     """What Triton's launcher wants of a compiled kernel, and the kernel, to keep it loaded."""
 
@@ -88,7 +97,7 @@ class Bound:
         specialises a kernel, and more.
         """
         if _is_watched(self.kernel):
-            self.kernel[grid](*args, **self.constants)
+            by_triton(self.kernel, grid, *args, **self.constants)
             return
 
         device = _current_device()
@@ -110,7 +119,8 @@ class Bound:
         compiled = self._compiled.get(tuple(key))
 
         if compiled is None:
-            self._remember(tuple(key), self.kernel[grid](*args, **self.constants), len(args))
+            compiled = by_triton(self.kernel, grid, *args, **self.constants)
+            self._remember(tuple(key), compiled, len(args))
             return
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         stream = _current_stream(device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from liger_fn.functional.core.backend import interpreting
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import by_triton, launch
 from liger_fn.functional.core.launch import (
     TensorDescriptor,
     cdiv,
@@ -428,7 +428,8 @@ class Counted(AllRows):
         m, n, k = (config[f"BLOCK_{a}"] for a in "MNK")
         (N, V), H = out.shape, self.x.shape[1]
         # Triton's own launch, for it makes the chip's descriptors; beside a product that is little.
-        _logits_kernel[(min(programs, cdiv(N, m) * cdiv(V, n)),)](
+        by_triton(
+            _logits_kernel, (min(programs, cdiv(N, m) * cdiv(V, n)),),
             descriptor(self.x, m, k), descriptor(weight, n, k), unit_stride(bias),
             descriptor(out, m, n), self.count, rows.start, N, V, H,
             dtype_of_products(out), programs, **config,
@@ -442,7 +443,8 @@ class Counted(AllRows):
         in_order = self.x[rows] if dx.dtype is self.x.dtype else dx.new_empty((N, H))
         parts = dx.new_empty((programs * m, n), dtype=torch.float32)
         pieces = _pieces(dx)
-        _dx_kernel[(programs,)](
+        by_triton(
+            _dx_kernel, (programs,),
             descriptor(g, m, k), descriptor(weight, k, n), descriptor(in_order, m, n // pieces),
             descriptor(parts, m, n // 4), self.count, rows.start, N, V, H,
             dtype_of_products(g), programs, PIECES=pieces, **config,
@@ -465,7 +467,8 @@ def _product_of_tiles(
     m, n, k = (config[f"BLOCK_{a}"] for a in "MNK")
     (N, V), H = g.shape, x.shape[1]
     pieces = _pieces(dweight)
-    _dweight_kernel[(min(programs, cdiv(V, m) * cdiv(H, n)),)](
+    by_triton(
+        _dweight_kernel, (min(programs, cdiv(V, m) * cdiv(H, n)),),
         descriptor(g, k, m), descriptor(x, k, n), descriptor(dweight, m, n // pieces),
         count, first, N, V, H, dtype_of_products(g), programs,
         ADD=add, PIECES=pieces, **config,

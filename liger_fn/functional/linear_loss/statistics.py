@@ -12,7 +12,7 @@ the same numbers come out, and the ratio of two policies that are one is 1.
 import torch
 from torch import Tensor
 
-from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.direct import by_triton, launch
 from liger_fn.functional.core.exponential import exp_of
 from liger_fn.functional.core.launch import cdiv, sm_count, tl, triton, unit_stride
 from liger_fn.functional.linear_loss.products import (
@@ -177,7 +177,8 @@ def statistics(
     for first in range(0, N, most):
         size = min(most, N - first)
         # Triton's own launch, for it makes the chip's descriptors.
-        _statistics_kernel[(min(programs, cdiv(size, m) * columns),)](
+        by_triton(
+            _statistics_kernel, (min(programs, cdiv(size, m) * columns),),
             descriptor(x, m, k), descriptor(weight, n, k), unit_stride(bias), y, head.count,
             *each, first, size, V, H, softcap, logit_scale, lowest,
             dtype_of_products(x), programs, **config,
