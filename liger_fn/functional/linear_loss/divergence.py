@@ -346,7 +346,8 @@ def _each_chunk(
     loss, dloss = (None if t is None else t.reshape(-1) for t in (loss, dloss))
     head, teacher_head = AllRows(x, labels), AllRows(teacher_x)
     if labels is not None and suits(weight, x) and suits(teacher.weight, teacher_x):
-        head, teacher_head = (Counted(t, labels, terms.ignore_index) for t in (x, teacher_x))
+        head = Counted(x, labels, terms.ignore_index)
+        teacher_head = head.beside(teacher_x)
     dloss = None if dloss is None else head.in_order(dloss)
     (each_loss,) = head.new_numbers(loss)
     dx = None if dx is None else dx.view(x.shape)

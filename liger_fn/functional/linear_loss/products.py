@@ -13,6 +13,7 @@ divided along V, and their parts added, in a fixed order, as rows go back to the
 rows counted this takes as long as cuBLAS does, or less.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,28 +136,39 @@ def _write(desc, m, n, t, ADD: tl.constexpr):
 
 @triton.jit
 def _write_tile(desc, m, n, t, ADD: tl.constexpr, PIECES: tl.constexpr):
-    """Write a tile, or add it, in as many pieces as there must be for the memory beside it."""
+    """Write a tile, or add it, in two pieces or four: there is no memory for more at once."""
     WIDTH: tl.constexpr = t.shape[1] // PIECES
-    if PIECES == 1:
-        _write(desc, m, n, t, ADD)
+    left, right = halves(t)
+    if PIECES == 2:
+        _write(desc, m, n, left, ADD)
+        _write(desc, m, n + WIDTH, right, ADD)
     else:
-        left, right = halves(t)
-        if PIECES == 2:
-            _write(desc, m, n, left, ADD)
-            _write(desc, m, n + WIDTH, right, ADD)
-        else:
-            first, second = halves(left)
-            third, fourth = halves(right)
-            _write(desc, m, n, first, ADD)
-            _write(desc, m, n + WIDTH, second, ADD)
-            _write(desc, m, n + 2 * WIDTH, third, ADD)
-            _write(desc, m, n + 3 * WIDTH, fourth, ADD)
+        first, second = halves(left)
+        third, fourth = halves(right)
+        _write(desc, m, n, first, ADD)
+        _write(desc, m, n + WIDTH, second, ADD)
+        _write(desc, m, n + 2 * WIDTH, third, ADD)
+        _write(desc, m, n + 3 * WIDTH, fourth, ADD)
 
 
 @triton.jit
 def rows_of_chunk(count_ptr, first, N):
     """How many of N rows, from the first on, count."""
     return tl.minimum(tl.maximum(tl.load(count_ptr) - first, 0), N)
+
+
+@triton.jit
+def tile_of_logits(
+    x_desc, weight_desc, first, n, v, H, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Multiply the rows of a chunk from n on by classes from v on; the chunk begins at `first`."""
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for h in range(0, H, BLOCK_K):
+        x = x_desc.load([first + n, h]).to(DTYPE)
+        w = weight_desc.load([v, h]).to(DTYPE)
+        z = tl.dot(x, tl.trans(w), z)
+    return z
 
 
 @triton.jit(do_not_specialize=["first", "N", "V"])
@@ -170,11 +182,7 @@ def _logits_kernel(
     for i in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         row, column = tile_of(i, rows, columns, GROUP)
         n, v = row * BLOCK_M, column * BLOCK_N
-        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for h in range(0, H, BLOCK_K):
-            x = x_desc.load([first + n, h]).to(DTYPE)
-            w = weight_desc.load([v, h]).to(DTYPE)
-            z = tl.dot(x, tl.trans(w), z)
+        z = tile_of_logits(x_desc, weight_desc, first, n, v, H, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K)
         if bias_ptr is not None:
             col = v + tl.arange(0, BLOCK_N)
             z += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
@@ -298,7 +306,7 @@ def dtype_of_products(x: Tensor):
 
 
 def _pieces(out: Tensor) -> int:
-    """How many pieces a tile is written in, of 32 KiB each: there is no room for more."""
+    """How many pieces a tile is written in, of 32 KiB each."""
     return out.itemsize
 
 
@@ -395,7 +403,7 @@ class Counted(AllRows):
     """
 
     def __init__(self, x: Tensor, y: Tensor, ignore_index: int) -> None:
-        (N, H), x = x.shape, x if x.stride(-1) == 1 else x.contiguous()
+        N = len(x)
         self.places = torch.empty(N, dtype=torch.int64, device=x.device)
         self.count = torch.empty(1, dtype=torch.int32, device=x.device)
         block = min(4096, max(16, next_power_of_2(N)))
@@ -403,13 +411,23 @@ class Counted(AllRows):
             _places_kernel, (1,), unit_stride(y), self.places, self.count, N, ignore_index,
             BLOCK=block, num_warps=8,
         )  # fmt: skip
+        super().__init__(self._in_front(x), self.in_order(y))
+
+    def beside(self, x: Tensor) -> "Counted":
+        """Put the same rows of another x in the same order."""
+        other = copy.copy(self)
+        other.x = other._in_front(x)
+        return other
+
+    def _in_front(self, x: Tensor) -> Tensor:
+        (N, H), x = x.shape, x if x.stride(-1) == 1 else x.contiguous()
         ordered = x.new_empty(x.shape)
         launch(
             _gather_kernel, (cdiv(N, 8), cdiv(H, 1024)),
             x, self.places, self.count, ordered, x.stride(0), N, H,
             TILE=_TILE, BLOCK_N=8, BLOCK_H=1024, num_warps=4,
         )  # fmt: skip
-        super().__init__(ordered, self.in_order(y))
+        return ordered
 
     def in_order(self, t: Tensor) -> Tensor:
         # One number for all rows is that in every order.

@@ -22,6 +22,7 @@ from liger_fn.functional.linear_loss.products import (
     halves,
     rows_of_chunk,
     tile_of,
+    tile_of_logits,
     tiles_config,
 )
 from liger_fn.functional.loss.cross_entropy import scaled_and_capped
@@ -43,11 +44,7 @@ def _statistics_kernel(
     for i in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         row, column = tile_of(i, rows, columns, GROUP)
         n, v = row * BLOCK_M, column * BLOCK_N
-        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for h in range(0, H, BLOCK_K):
-            x = x_desc.load([first + n, h]).to(DTYPE)
-            w = weight_desc.load([v, h]).to(DTYPE)
-            z = tl.dot(x, tl.trans(w), z)
+        z = tile_of_logits(x_desc, weight_desc, first, n, v, H, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K)
 
         at = n + tl.arange(0, BLOCK_M)
         live = at < counted
