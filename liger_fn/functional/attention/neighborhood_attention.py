@@ -251,6 +251,32 @@ def _queries_of_tile(
 
 
 @triton.jit
+def _blocks(
+    low_1, high_1, low_2, high_2,
+    BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Give how many blocks the rectangle from low to high has, and how many across."""
+    across = tl.cdiv(high_2 - low_2, BLOCK_2)
+    blocks = across
+    if not LINE:
+        blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+    return blocks, across
+
+
+@triton.jit
+def _first_of_block(
+    block, across, low_1, low_2,
+    BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Give where a block of the rectangle from low on begins."""
+    from_1, from_2 = low_1, low_2 + block * BLOCK_2
+    if not LINE:
+        from_1 = low_1 + block // across * BLOCK_1
+        from_2 = low_2 + block % across * BLOCK_2
+    return from_1, from_2
+
+
+@triton.jit
 def _is_seen(
     low_1, low_2, begin_1, begin_2, size_1, size_2,
     SIZE: tl.constexpr, SIZE_2: tl.constexpr, LINE: tl.constexpr,
@@ -366,15 +392,9 @@ def _neighborhood_attention_fwd_kernel(
         top = tl.full((TILE,), LOWEST, COMPUTE)
         total = tl.zeros((TILE,), COMPUTE)
         acc = tl.zeros((TILE, BLOCK_C), COMPUTE)
-        across = tl.cdiv(high_2 - low_2, BLOCK_2)
-        blocks = across
-        if not LINE:
-            blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+        blocks, across = _blocks(low_1, high_1, low_2, high_2, BLOCK_1, BLOCK_2, LINE)
         for block in range(blocks):
-            from_1, from_2 = low_1, low_2 + block * BLOCK_2
-            if not LINE:
-                from_1 = low_1 + block // across * BLOCK_1
-                from_2 = low_2 + block % across * BLOCK_2
+            from_1, from_2 = _first_of_block(block, across, low_1, low_2, BLOCK_1, BLOCK_2, LINE)
             k1, k2, is_key = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
             key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
             k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
@@ -524,15 +544,9 @@ def _neighborhood_attention_bwd_dq_kernel(
         # what is summed might then be out of range.
         LATE: tl.constexpr = q.dtype != tl.float16
         dq = tl.zeros((TILE, BLOCK_C), COMPUTE)
-        across = tl.cdiv(high_2 - low_2, BLOCK_2)
-        blocks = across
-        if not LINE:
-            blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+        blocks, across = _blocks(low_1, high_1, low_2, high_2, BLOCK_1, BLOCK_2, LINE)
         for block in range(blocks):
-            from_1, from_2 = low_1, low_2 + block * BLOCK_2
-            if not LINE:
-                from_1 = low_1 + block // across * BLOCK_1
-                from_2 = low_2 + block % across * BLOCK_2
+            from_1, from_2 = _first_of_block(block, across, low_1, low_2, BLOCK_1, BLOCK_2, LINE)
             k1, k2, is_key = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
             key = _tokens(k1, k2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
             k = _load(k_ptr, key, is_key, k_stride_t, C, PRODUCT, BLOCK_C)
@@ -592,15 +606,9 @@ def _neighborhood_attention_bwd_dkv_kernel(
     begin_2, size_2 = _queries_of(k2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
     dk = tl.zeros((TILE, BLOCK_C), COMPUTE)
     dv = tl.zeros((TILE, BLOCK_C), COMPUTE)
-    across = tl.cdiv(high_2 - low_2, BLOCK_2)
-    blocks = across
-    if not LINE:
-        blocks = tl.cdiv(high_1 - low_1, BLOCK_1) * across
+    blocks, across = _blocks(low_1, high_1, low_2, high_2, BLOCK_1, BLOCK_2, LINE)
     for block in range(blocks):
-        from_1, from_2 = low_1, low_2 + block * BLOCK_2
-        if not LINE:
-            from_1 = low_1 + block // across * BLOCK_1
-            from_2 = low_2 + block % across * BLOCK_2
+        from_1, from_2 = _first_of_block(block, across, low_1, low_2, BLOCK_1, BLOCK_2, LINE)
         p1, p2, is_query = _block(from_1, from_2, high_1, high_2, BLOCK_N, BLOCK_2, LINE)
         query = _tokens(p1, p2, r1, r2, T2, DILATION_1, DILATION_2, LINE, OFFSET)
         q = _load(q_ptr, query, is_query, q_stride_t, C, PRODUCT, BLOCK_C)

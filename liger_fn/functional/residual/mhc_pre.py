@@ -185,6 +185,24 @@ def _matrices(n, N, H: tl.constexpr, BLOCK_H: tl.constexpr):
     return i * H + j, (n < N)[:, None, None] & (i < H) & (j < H), j < H
 
 
+@triton.jit
+def _biases(bias_ptr, pre_m, post_m, m, H: tl.constexpr, COMPUTE: tl.constexpr):
+    """Load those of pre, post and res."""
+    pre = tl.load(bias_ptr + pre_m, mask=pre_m < H, other=0.0).to(COMPUTE)
+    post = tl.load(bias_ptr + post_m, mask=post_m < 2 * H, other=0.0).to(COMPUTE)
+    res = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
+    return pre, post, res
+
+
+@triton.jit
+def _scales(scale_ptr, COMPUTE: tl.constexpr):
+    """Load those of pre, post and res."""
+    pre = tl.load(scale_ptr).to(COMPUTE)
+    post = tl.load(scale_ptr + 1).to(COMPUTE)
+    res = tl.load(scale_ptr + 2).to(COMPUTE)
+    return pre, post, res
+
+
 @triton.jit(do_not_specialize=["N", "parts"])
 def _mhc_pre_coefficients_fwd_kernel(
     mix_part_ptr, squares_part_ptr, bias_ptr, scale_ptr,
@@ -214,12 +232,8 @@ def _mhc_pre_coefficients_fwd_kernel(
         mix_pre += tl.load(mix_part_ptr + pre_at, mask=inside, other=0.0)
         mix_post += tl.load(mix_part_ptr + post_at, mask=inside, other=0.0)
         mix_res += tl.load(mix_part_ptr + res_at, mask=in_matrix, other=0.0)
-    bias_pre = tl.load(bias_ptr + pre_m, mask=pre_m < H, other=0.0).to(COMPUTE)
-    bias_post = tl.load(bias_ptr + post_m, mask=post_m < 2 * H, other=0.0).to(COMPUTE)
-    bias_res = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
-    scale_pre = tl.load(scale_ptr).to(COMPUTE)
-    scale_post = tl.load(scale_ptr + 1).to(COMPUTE)
-    scale_res = tl.load(scale_ptr + 2).to(COMPUTE)
+    bias_pre, bias_post, bias_res = _biases(bias_ptr, pre_m, post_m, m, H, COMPUTE)
+    scale_pre, scale_post, scale_res = _scales(scale_ptr, COMPUTE)
 
     rstd = 1.0 / tl.sqrt(squares / K + EPS)
     mix_pre *= rstd[:, None]
@@ -300,12 +314,8 @@ def _mhc_pre_coefficients_bwd_kernel(
     mix_pre = tl.load(mix_ptr + pre_at, mask=inside, other=0.0)
     mix_post = tl.load(mix_ptr + post_at, mask=inside, other=0.0)
     mix_res = tl.load(mix_ptr + n[:, None, None] * M + 2 * H + m, mask=in_matrix, other=0.0)
-    bias_pre = tl.load(bias_ptr + pre_m, mask=pre_m < H, other=0.0).to(COMPUTE)
-    bias_post = tl.load(bias_ptr + post_m, mask=post_m < 2 * H, other=0.0).to(COMPUTE)
-    bias_res = tl.load(bias_ptr + 2 * H + m, mask=m < H * H, other=0.0).to(COMPUTE)
-    scale_pre = tl.load(scale_ptr).to(COMPUTE)
-    scale_post = tl.load(scale_ptr + 1).to(COMPUTE)
-    scale_res = tl.load(scale_ptr + 2).to(COMPUTE)
+    bias_pre, bias_post, bias_res = _biases(bias_ptr, pre_m, post_m, m, H, COMPUTE)
+    scale_pre, scale_post, scale_res = _scales(scale_ptr, COMPUTE)
     dpre = tl.load(dpre_ptr + own, mask=inside, other=0.0)
     dpost = tl.load(dpost_ptr + own, mask=inside, other=0.0)
     dres = tl.load(dres_ptr + square, mask=in_matrix, other=0.0)
