@@ -21,7 +21,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.direct import MOST, Bound
-from liger_fn.functional.core.exponential import exp_of
+from liger_fn.functional.core.kernels import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,

@@ -26,7 +26,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
-from liger_fn.functional.core.exponential import exp_of
+from liger_fn.functional.core.kernels import exp_of, no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -73,10 +73,15 @@ def _load_logits(
 ):  # fmt: skip
     """Load z; outside it is −∞, which adds nothing to a sum of exponentials."""
     x = tl.load(x_ptr + col, mask=inside, other=float("-inf"), eviction_policy=EVICT)
-    z = x.to(COMPUTE) * SCALE
     if HAS_MASK:
         allowed = tl.load(mask_ptr + col.to(tl.int64) * mask_stride_d, mask=inside, other=0)
         inside &= allowed != 0
+    return _logits(x, inside, SCALE, HAS_MASK, COMPUTE)
+
+
+@triton.jit
+def _logits(x, inside, SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr):
+    z = x.to(COMPUTE) * SCALE
     if HAS_MASK or SCALE <= 0.0:
         z = tl.where(inside, z, float("-inf"))
     return z
@@ -117,12 +122,34 @@ def _softmax_fwd_kernel(
     tl.store(total_ptr + row, total, mask=row < N)
 
 
+@triton.jit
+def _with_block(tops, sums, z):
+    """Take a block into the maxima and sums of eight neighbours, relative to the maximum.
+
+    That is one exponential an element and few instructions more, and no thread waits for another
+    before the end of the row.
+    """
+    higher = tl.maximum(tops, tl.max(z, axis=1))
+    sums = sums * exp_of(tops - higher) + tl.sum(exp_of(z - higher[:, None]), axis=1)
+    return higher, sums
+
+
+@triton.jit
+def _anew(x, zero):
+    """The same numbers, which the compiler takes for others: converted where it first saw them to
+    float32, it would keep these, in twice the registers.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        x = (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True)
+    return x
+
+
 @triton.jit(do_not_specialize=["H", "T"])
 def _softmax_fwd_wide_kernel(
     x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWEST: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = _columns_of(BLOCK_D)
@@ -130,31 +157,39 @@ def _softmax_fwd_wide_kernel(
     x_ptr += row * x_stride_n
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
+    last = (D - 1) // BLOCK_D * BLOCK_D
 
-    # Eight neighbours share a maximum and a sum relative to it: one exponential an element and few
-    # instructions more, and no thread waits for another before the end of the row.
     tops = tl.full((block.shape[0],), LOWEST, COMPUTE)
     sums = tl.zeros((block.shape[0],), COMPUTE)
-    for start in range(0, width, BLOCK_D):
+    for start in range(0, last + BLOCK_D - HELD * BLOCK_D if HELD else width, BLOCK_D):
         col = start + block
         z = _load_logits(
             x_ptr, mask_ptr, col, mask_stride_d, col < width,
             SCALE, HAS_MASK, COMPUTE, "evict_last",
         )  # fmt: skip
-        higher = tl.maximum(tops, tl.max(z, axis=1))
-        sums = sums * exp_of(tops - higher) + tl.sum(exp_of(z - higher[:, None]), axis=1)
-        tops = higher
+        tops, sums = _with_block(tops, sums, z)
+    held = no_blocks()
+    for i in tl.static_range(HELD):
+        col = last - (HELD - 1 - i) * BLOCK_D + block
+        x = tl.load(x_ptr + col, mask=col < D, other=float("-inf"), eviction_policy="evict_first")
+        tops, sums = _with_block(tops, sums, _logits(x, col < D, SCALE, HAS_MASK, COMPUTE))
+        held += (x,)
 
     top = tl.max(tops, axis=0)
     total = tl.sum(sums * exp_of(tops - top), axis=0)
+    zero = (total < 0.0).to(tl.int16)
     if HAS_MASK or CAUSAL:
         total = tl.where(total == 0.0, 1.0, total)
     tl.store(top_ptr + row, top)
     tl.store(total_ptr + row, total)
 
     over = 1.0 / total
-    last = (D - 1) // BLOCK_D * BLOCK_D
-    for step in range(0, D, BLOCK_D):
+    for i in tl.static_range(HELD):
+        col = last - i * BLOCK_D + block
+        z = _logits(_anew(held[HELD - 1 - i], zero), col < D, SCALE, HAS_MASK, COMPUTE)
+        y = exp_of(z - top) * over
+        tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
+    for step in range(HELD * BLOCK_D, D, BLOCK_D):
         col = last - step + block
         z = _load_logits(
             x_ptr, mask_ptr, col, mask_stride_d, col < width,

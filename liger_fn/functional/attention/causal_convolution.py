@@ -23,6 +23,7 @@ dbias (read half of dy and of x).
 from torch import Tensor
 
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.kernels import no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -35,7 +36,7 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.norm.rows import no_blocks, strips_of, sums_of_parts
+from liger_fn.functional.norm.rows import strips_of, sums_of_parts
 
 Pair = tuple[int, int]
 

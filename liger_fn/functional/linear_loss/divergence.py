@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.exponential import exp_of
+from liger_fn.functional.core.kernels import exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     has_work,

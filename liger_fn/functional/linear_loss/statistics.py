@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liger_fn.functional.core.direct import by_triton, launch
-from liger_fn.functional.core.exponential import exp_of
+from liger_fn.functional.core.kernels import exp_of
 from liger_fn.functional.core.launch import cdiv, sm_count, tl, triton, unit_stride
 from liger_fn.functional.linear_loss.products import (
     Counted,

@@ -20,7 +20,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.exponential import exp_of
+from liger_fn.functional.core.kernels import exp_of
 from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,

@@ -27,6 +27,7 @@ from liger_fn.functional.activation.glu import activate
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.kernels import no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -53,7 +54,6 @@ from liger_fn.functional.norm.rows import (
     cover,
     load_row_features,
     load_rows,
-    no_blocks,
     row_dots,
     rows_config,
     strips_of,

@@ -19,6 +19,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.kernels import no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -35,7 +36,6 @@ from liger_fn.functional.norm.blocks import load_block, store_block
 from liger_fn.functional.norm.rows import (
     cover,
     load_rows,
-    no_blocks,
     row_sums,
     rows_config,
     strips_of,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.direct import MOST, Bound, launch
+from liger_fn.functional.core.kernels import no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -42,12 +43,6 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-
-
-@triton.jit
-def no_blocks():
-    """An empty tuple, to which blocks are added; to type checkers it says nothing of its length."""
-    return ()
 
 
 @triton.jit

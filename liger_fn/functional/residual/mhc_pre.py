@@ -30,6 +30,7 @@ from liger_fn.functional.core import check
 from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.kernels import no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -44,7 +45,7 @@ from liger_fn.functional.core.launch import (
     triton_dtype,
     unit_stride,
 )
-from liger_fn.functional.norm.rows import no_blocks, strips_of, sums_of_parts
+from liger_fn.functional.norm.rows import strips_of, sums_of_parts
 from liger_fn.functional.residual.sinkhorn import reference_sinkhorn, sinkhorn, sinkhorn_bwd
 
 MOST_STREAMS = 16
