@@ -593,11 +593,11 @@ def test_a_sweep_has_rows_of_all_candidates_and_says_what_the_op_does_today(benc
     assert all((r.ms is not None and r.ms > 0) == (r.status == "ok") for r in rows)
     today = [r.provider for r in rows if r.note == report.CURRENT]
     assert today == ["BLOCK_D=1024 BLOCK_N=4 num_warps=4", "BLOCK_D=1024 BLOCK_N=2 num_warps=4"]
-    assert softmax_file._softmax_fwd_config(1024)["BLOCK_N"] == 4
+    assert softmax_file._softmax_fwd_config(1024, True)["BLOCK_N"] == 4
 
 
 def test_a_launcher_that_keeps_what_it_made_of_a_configuration_makes_it_anew(monkeypatch):
-    kept = functools.cache(lambda: softmax_file._softmax_fwd_config(8)["num_warps"])
+    kept = functools.cache(lambda: softmax_file._softmax_fwd_config(8, True)["num_warps"])
     monkeypatch.setattr(softmax_file, "_kept", kept, raising=False)
     launch = softmax_launch()
     today = kept()
@@ -677,7 +677,7 @@ assert ahead.compile_case("softmax", "32768x256", 0, "bfloat16") == 0
     assert done.returncode == 0, done.stderr[-3000:]
     # Forward and backward as they are, and the candidates.
     spec = SPECS["softmax"]
-    today = softmax_file._softmax_fwd_config(256)
+    today = softmax_file._softmax_fwd_config(256, True)
     candidates = sweep.configurations([today], spec.launches[0])
     assert len(list(tmp_path.rglob("_softmax_fwd_kernel.cubin"))) == len(candidates)
     assert len(list(tmp_path.rglob("_softmax_bwd_kernel.cubin"))) == 1

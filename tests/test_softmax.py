@@ -12,13 +12,14 @@ from liger_fn.functional.activation import softmax as room
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(params=["one tile", "along the row"])
+@pytest.fixture(params=["one tile", "along the row", "along the row, half of it held"])
 def pass_over_the_row(request, monkeypatch):
     """Both kernels of a pass give what softmax says, whatever the width."""
     kept = room._softmax_fwd_with, room._softmax_bwd_with
-    if request.param == "along the row":
+    if request.param != "one tile":
+        config = {"BLOCK_D": 1, "HELD": 2 if "held" in request.param else 0, "num_warps": 1}
         for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
-            monkeypatch.setattr(room, name, lambda *_: {"BLOCK_D": 2, "num_warps": 1})
+            monkeypatch.setattr(room, name, lambda *_: config)
     for kernels in kept:
         kernels.cache_clear()
     yield

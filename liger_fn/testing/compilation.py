@@ -109,7 +109,7 @@ def _costs(kernel: Compilation, chip: int) -> tuple[int, int, int]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", chip, 32),
-        options=OPTIONS | {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+        options=OPTIONS | {n: getattr(kernel, n) for n in ("num_warps", "num_stages", "maxnreg")},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -72,6 +72,7 @@ class Compilation:
     num_warps: int = 4
     num_stages: int = 3
     chips: tuple[int, ...] = ()
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)

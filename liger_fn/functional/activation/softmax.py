@@ -11,10 +11,10 @@ and `total`, 8 bytes a row, are kept, and y is computed again from them: it is t
 the forward pass, where a rounded y, or one sum top + log(total), would lose digits.
 
 A row that fits into a program's registers is read once. A wider one is read twice, the second time
-backwards: what was read last is still in the first- and second-level cache. The first time it asks
-the cache to keep what it reads, the second time not to. (To hold the row in registers as words of
-two elements, while the next was on its way to shared memory, was slower: 0.57 ms instead of 0.54 at
-8192 x 65536 on an H200, and 0.70 instead of 0.65 at 4096 x 131072.)
+backwards: what was read last is still in registers, as it was read, and what before that, in the
+first- and second-level cache. The first time it asks the cache to keep what it reads, the second
+time not to. What is held makes 0.52 ms of 0.57 forward at 16384 x 32768 on an H200, and 0.82 of
+1.01 backward at 8192 x 65536; forward there, no share that was tried gains anything.
 """
 
 import functools
@@ -73,15 +73,18 @@ def _load_logits(
 ):  # fmt: skip
     """Load z; outside it is −∞, which adds nothing to a sum of exponentials."""
     x = tl.load(x_ptr + col, mask=inside, other=float("-inf"), eviction_policy=EVICT)
-    if HAS_MASK:
-        allowed = tl.load(mask_ptr + col.to(tl.int64) * mask_stride_d, mask=inside, other=0)
-        inside &= allowed != 0
-    return _logits(x, inside, SCALE, HAS_MASK, COMPUTE)
+    return _logits(x, mask_ptr, col, mask_stride_d, inside, SCALE, HAS_MASK, COMPUTE)
 
 
 @triton.jit
-def _logits(x, inside, SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr):
+def _logits(
+    x, mask_ptr, col, mask_stride_d, inside,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
     z = x.to(COMPUTE) * SCALE
+    if HAS_MASK:
+        allowed = tl.load(mask_ptr + col.to(tl.int64) * mask_stride_d, mask=inside, other=0)
+        inside &= allowed != 0
     if HAS_MASK or SCALE <= 0.0:
         z = tl.where(inside, z, float("-inf"))
     return z
@@ -158,10 +161,12 @@ def _softmax_fwd_wide_kernel(
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
     last = (D - 1) // BLOCK_D * BLOCK_D
+    # Where the blocks begin that registers hold.
+    kept = last + BLOCK_D - HELD * BLOCK_D
 
     tops = tl.full((block.shape[0],), LOWEST, COMPUTE)
     sums = tl.zeros((block.shape[0],), COMPUTE)
-    for start in range(0, last + BLOCK_D - HELD * BLOCK_D if HELD else width, BLOCK_D):
+    for start in range(0, tl.minimum(width, kept) if HELD else width, BLOCK_D):
         col = start + block
         z = _load_logits(
             x_ptr, mask_ptr, col, mask_stride_d, col < width,
@@ -171,8 +176,9 @@ def _softmax_fwd_wide_kernel(
     held = no_blocks()
     for i in tl.static_range(HELD):
         col = last - (HELD - 1 - i) * BLOCK_D + block
-        x = tl.load(x_ptr + col, mask=col < D, other=float("-inf"), eviction_policy="evict_first")
-        tops, sums = _with_block(tops, sums, _logits(x, col < D, SCALE, HAS_MASK, COMPUTE))
+        x = tl.load(x_ptr + col, mask=col < width, other=float("-inf"))
+        z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
+        tops, sums = _with_block(tops, sums, z)
         held += (x,)
 
     top = tl.max(tops, axis=0)
@@ -186,7 +192,8 @@ def _softmax_fwd_wide_kernel(
     over = 1.0 / total
     for i in tl.static_range(HELD):
         col = last - i * BLOCK_D + block
-        z = _logits(_anew(held[HELD - 1 - i], zero), col < D, SCALE, HAS_MASK, COMPUTE)
+        x = _anew(held[HELD - 1 - i], zero)
+        z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
         y = exp_of(z - top) * over
         tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
     for step in range(HELD * BLOCK_D, D, BLOCK_D):
@@ -200,19 +207,29 @@ def _softmax_fwd_wide_kernel(
         tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
 
 
-def _softmax_fwd_config(D: int) -> dict:
+def _narrow(dtype: torch.dtype, masked: bool) -> bool:
+    """Whether registers hold blocks of a wide row: two bytes an element, and nothing beside it."""
+    return dtype.itemsize == 2 and not masked
+
+
+def _softmax_fwd_config(D: int, narrow: bool) -> dict:
     """A row in registers, 32 elements a thread: four 16-byte loads in flight, and several rows
     where one is too short for that.
 
     Beyond 16384 elements a multiprocessor would have registers for one row, and nothing to do while
-    its warps wait for each other: a program walks along the row and reads it twice. Three programs
-    of up to 42 registers a thread share a multiprocessor, or two of 32, so long as the rows in
+    its warps wait for each other: a program walks along the row and reads it twice, but for blocks
+    that it holds, if they are `narrow`: of two bytes an element, and not masked. Three programs
+    of up to 40 registers a thread share a multiprocessor, or two of 32, so long as the rows in
     flight stay in the second-level cache; they are 34 MB of 132 programs at 131072 elements.
     """
     if D > 65536:
-        return {"BLOCK_D": 32768, "num_warps": 32}
+        return {"BLOCK_D": 32768, "HELD": 0, "num_warps": 32}
+    if D > 32768:
+        return {"BLOCK_D": 16384, "HELD": 0, "num_warps": 32}
+    if D > 16384 and narrow:
+        return {"BLOCK_D": 8192, "HELD": 1, "num_warps": 16, "maxnreg": 40}
     if D > 16384:
-        return {"BLOCK_D": 16384, "num_warps": 16 if D <= 32768 else 32}
+        return {"BLOCK_D": 16384, "HELD": 0, "num_warps": 16}
     block_d = next_power_of_2(D)
     block_n = min(32, max(1, 4096 // block_d))
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 1024)}
@@ -222,7 +239,7 @@ def _softmax_fwd_config(D: int) -> dict:
 def _softmax_fwd_with(
     D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
 ) -> Bound:
-    config, compute = _softmax_fwd_config(D), accumulator(dtype)
+    config, compute = _softmax_fwd_config(D, _narrow(dtype, has_mask or causal)), accumulator(dtype)
     return Bound(
         _softmax_fwd_kernel if "BLOCK_N" in config else _softmax_fwd_wide_kernel,
         SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal, LOWEST=torch.finfo(compute).min,
@@ -317,7 +334,7 @@ def _softmax_bwd_wide_kernel(
     x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n, H, T, D,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_D)
@@ -328,9 +345,12 @@ def _softmax_bwd_wide_kernel(
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
     top = tl.load(top_ptr + row)
     over = 1.0 / tl.load(total_ptr + row)
+    last = (D - 1) // BLOCK_D * BLOCK_D
+    # Where the blocks begin that registers hold.
+    kept = last + BLOCK_D - HELD * BLOCK_D
 
     dots = tl.zeros((BLOCK_D,), COMPUTE)
-    for start in range(0, width, BLOCK_D):
+    for start in range(0, tl.minimum(width, kept) if HELD else width, BLOCK_D):
         col = start + block
         z = _load_logits(
             x_ptr, mask_ptr, col, mask_stride_d, col < width,
@@ -338,12 +358,27 @@ def _softmax_bwd_wide_kernel(
         )  # fmt: skip
         dy = tl.load(dy_ptr + col, mask=col < width, other=0.0, eviction_policy="evict_last")
         dots += dy.to(COMPUTE) * exp_of(z - top)
+    held = no_blocks()
+    for i in tl.static_range(HELD):
+        col = last - (HELD - 1 - i) * BLOCK_D + block
+        x = tl.load(x_ptr + col, mask=col < width, other=float("-inf"))
+        dy = tl.load(dy_ptr + col, mask=col < width, other=0.0)
+        z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
+        dots += dy.to(COMPUTE) * exp_of(z - top)
+        held += ((x, dy),)
 
     dot = tl.sum(dots, axis=0) * over
+    zero = (over < 0.0).to(tl.int16)
     over *= SCALE
 
-    last = (D - 1) // BLOCK_D * BLOCK_D
-    for step in range(0, D, BLOCK_D):
+    for i in tl.static_range(HELD):
+        col = last - i * BLOCK_D + block
+        x, dy = held[HELD - 1 - i]
+        x = _anew(x, zero)
+        z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
+        dx = exp_of(z - top) * over * (_anew(dy, zero).to(COMPUTE) - dot)
+        tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
+    for step in range(HELD * BLOCK_D, D, BLOCK_D):
         col = last - step + block
         z = _load_logits(
             x_ptr, mask_ptr, col, mask_stride_d, col < width,
@@ -354,16 +389,20 @@ def _softmax_bwd_wide_kernel(
         tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
 
 
-def _softmax_bwd_config(D: int, plain: bool = True) -> dict:
+def _softmax_bwd_config(D: int, narrow: bool) -> dict:
     """Half the tile of the forward pass, for two tensors are in registers at once.
 
-    So are two tensors of wider rows in the cache. What is not plain, masked or causal, has not the
-    registers for a block of 32768.
+    So are two tensors of wider rows in the cache. What is masked or wider than two bytes has not
+    the registers for a block of 32768. Of a row of 65536 nearly half is held.
     """
+    if D > 65536 or (D > 32768 and not narrow):
+        return {"BLOCK_D": 32768 if narrow else 16384, "HELD": 0, "num_warps": 32}
     if D > 32768:
-        return {"BLOCK_D": 32768 if plain else 16384, "num_warps": 32}
+        return {"BLOCK_D": 4096, "HELD": 7, "num_warps": 32}
+    if D > 16384 and narrow:
+        return {"BLOCK_D": 8192, "HELD": 1, "num_warps": 16, "maxnreg": 64}
     if D > 16384:
-        return {"BLOCK_D": 16384, "num_warps": 16}
+        return {"BLOCK_D": 16384, "HELD": 0, "num_warps": 16}
     block_d = next_power_of_2(D)
     block_n = min(32, max(1, 2048 // block_d))
     return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": max(4, block_d // 512)}
@@ -373,7 +412,7 @@ def _softmax_bwd_config(D: int, plain: bool = True) -> dict:
 def _softmax_bwd_with(
     D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
 ) -> Bound:
-    config = _softmax_bwd_config(D, not (has_mask or causal))
+    config = _softmax_bwd_config(D, _narrow(dtype, has_mask or causal))
     return Bound(
         _softmax_bwd_kernel if "BLOCK_N" in config else _softmax_bwd_wide_kernel,
         SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal,

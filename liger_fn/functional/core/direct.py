@@ -87,6 +87,9 @@ class Bound:
     __slots__ = ("_compiled", "constants", "kernel")
 
     def __init__(self, kernel: Any, **constants: Any) -> None:
+        if torch.version.hip:
+            # AMD's compiler takes no limit of registers.
+            constants.pop("maxnreg", None)
         self.kernel, self.constants = kernel, constants
         self._compiled: dict[tuple, _Compiled] = {}
 

@@ -12,9 +12,17 @@ the same numbers come out, and the ratio of two policies that are one is 1.
 import torch
 from torch import Tensor
 
+from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.direct import by_triton, launch
-from liger_fn.functional.core.kernels import exp_of
-from liger_fn.functional.core.launch import cdiv, sm_count, tl, triton, unit_stride
+from liger_fn.functional.core.kernels import exp_of, no_blocks
+from liger_fn.functional.core.launch import (
+    cdiv,
+    sm_count,
+    tl,
+    triton,
+    triton_dtype,
+    unit_stride,
+)
 from liger_fn.functional.linear_loss.products import (
     Counted,
     descriptor,
@@ -31,12 +39,59 @@ from liger_fn.functional.loss.cross_entropy import scaled_and_capped
 _ROWS = 16384
 
 
+# Triton's own conversions there and back are taken one by one, in the unit that makes exponentials,
+# and take as long as these.
+_ROUND_TWO = {
+    tl.bfloat16: """{
+        .reg .b32 pair;
+        cvt.rn.bf16x2.f32 pair, $3, $2;
+        shl.b32 $0, pair, 16;
+        and.b32 $1, pair, 0xffff0000;
+    }""",
+    tl.float16: """{
+        .reg .b32 pair;
+        .reg .b16 left, right;
+        cvt.rn.f16x2.f32 pair, $3, $2;
+        mov.b32 {left, right}, pair;
+        cvt.f32.f16 $0, left;
+        cvt.f32.f16 $1, right;
+    }""",
+}
+
+
+@triton.jit
+def _rounded(z, DTYPE: tl.constexpr, ROUND_TWO: tl.constexpr):
+    """Round to DTYPE, and stay in float32."""
+    if ROUND_TWO is None:
+        z = z.to(DTYPE).to(tl.float32)
+    else:
+        z = tl.inline_asm_elementwise(ROUND_TWO, "=f,=f,f,f", [z], tl.float32, True, 2)
+    return z
+
+
+@triton.jit(do_not_specialize=["first", "N", "V", "columns"])
+def _targets_kernel(
+    y_ptr, count_ptr, held_ptr, first, N, V, columns,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write which quarters of a tile have the target of any of its rows, a bit each."""
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = at < rows_of_chunk(count_ptr, first, N)
+    t = tl.load(y_ptr + first + at, mask=live, other=-1).to(tl.int64)
+    quarter = tl.where((t >= 0) & (t < V), t // WIDTH, -1).to(tl.int32)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    held = tl.zeros((BLOCK_C,), tl.int32)
+    for q in tl.static_range(4):
+        held |= tl.max((quarter[:, None] == 4 * c[None, :] + q).to(tl.int32), axis=0) << q
+    tl.store(held_ptr + tl.program_id(0) * columns + c, held, mask=c < columns)
+
+
 @triton.jit(do_not_specialize=["first", "N", "V"])
 def _statistics_kernel(
-    x_desc, weight_desc, bias_ptr, y_ptr, count_ptr,
+    x_desc, weight_desc, bias_ptr, y_ptr, count_ptr, held_ptr,
     z_t_ptr, top_ptr, total_ptr, moment_ptr, best_ptr, first, N, V, H,
     CAP: tl.constexpr, SCALE: tl.constexpr, LOWEST: tl.constexpr,
-    DTYPE: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, ROUND_TWO: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     counted = rows_of_chunk(count_ptr, first, N)
@@ -44,52 +99,63 @@ def _statistics_kernel(
     for i in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         row, column = tile_of(i, rows, columns, GROUP)
         n, v = row * BLOCK_M, column * BLOCK_N
+        held = tl.load(held_ptr + row * columns + column)
         z = tile_of_logits(x_desc, weight_desc, first, n, v, H, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K)
 
         at = n + tl.arange(0, BLOCK_M)
         live = at < counted
-        t = tl.load(y_ptr + first + at, mask=live, other=-1).to(tl.int64)
-        left, right = halves(z)
-        zs = halves(left) + halves(right)
         WIDTH: tl.constexpr = BLOCK_N // 4
-        top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        moment = tl.zeros((BLOCK_M,), tl.float32)
-        best = tl.zeros((BLOCK_M,), tl.int32)
+        left, right = halves(z)
+        raw, zs = halves(left) + halves(right), no_blocks()
         # A quarter of the tile at a time: what is made of it has few registers.
         for q in tl.static_range(4):
-            z = zs[q]
-            col = v + q * WIDTH + tl.arange(0, WIDTH)
+            z, start = raw[q], v + q * WIDTH
+            col = start + tl.arange(0, WIDTH)
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
-            z = z.to(x_desc.dtype).to(tl.float32)
-            z = tl.where((col < V)[None, :], scaled_and_capped(z, SCALE, CAP), float("-inf"))
-            here = (t >= v + q * WIDTH) & (t < tl.minimum(v + q * WIDTH + WIDTH, V))
-            # Few tiles hold the target of any of their rows.
-            if tl.max(here.to(tl.int32), axis=0) > 0:
+            z = scaled_and_capped(_rounded(z, x_desc.dtype, ROUND_TWO), SCALE, CAP)
+            if start + WIDTH > V:
+                z = tl.where((col < V)[None, :], z, float("-inf"))
+            # Few quarters have the target of any of their rows.
+            if (held >> q) & 1:
+                t = tl.load(y_ptr + first + at, mask=live, other=-1).to(tl.int64)
                 z_t = tl.sum(tl.where(col[None, :] == t[:, None], z, 0.0), axis=1)
+                here = (t >= start) & (t < tl.minimum(start + WIDTH, V))
                 tl.store(z_t_ptr + at, z_t, mask=here)
-            peak = tl.max(z, axis=1)
-            if best_ptr is not None:
-                best = tl.where(peak > top, v + q * WIDTH + tl.argmax(z, axis=1), best)
-            # Not below the lowest number: classes that are all forbidden then sum to 0.
-            higher = tl.maximum(top, peak)
-            rise = top - higher
-            shrink = exp_of(rise)
-            d = z - higher[:, None]
-            e = exp_of(d)
+            zs += (z,)
+
+        # Not below the lowest number: classes that are all forbidden then sum to 0.
+        peaks = tl.maximum(tl.maximum(zs[0], zs[1]), tl.maximum(zs[2], zs[3]))
+        top = tl.maximum(tl.max(peaks, axis=1), LOWEST)
+        # One instruction takes z to the exponent of 2. What the rounded highest leaves is put right
+        # in the sum; of numbers so large that it might be a power too high, none is near the top.
+        rate = tl.where(tl.abs(top) < 1073741824.0, 1.4426950408889634, 1.0)
+        highest = top * rate
+        totals = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        moments = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        for q in tl.static_range(4):
+            power = tl.fma(zs[q], rate[:, None], -highest[:, None])
+            e = tl.exp2(power)
+            totals += e
             if moment_ptr is not None:
-                # Where e is 0, d may be −∞.
-                moment = shrink * moment + tl.where(shrink > 0.0, shrink * rise, 0.0) * total
-                moment += tl.sum(e * tl.maximum(d, -1e4), axis=1)
-            total = shrink * total + tl.sum(e, axis=1)
-            top = higher
+                # Where e is 0, the power may be −∞.
+                moments += e * tl.maximum(power, -1e4)
+        left_over = tl.fma(-top, rate, highest)
+        right = tl.exp2(left_over)
+        total = tl.sum(totals, axis=1)
         out = column.to(tl.int64) * N + at
         tl.store(top_ptr + out, top, mask=live)
-        tl.store(total_ptr + out, total, mask=live)
+        tl.store(total_ptr + out, total * right, mask=live)
         if moment_ptr is not None:
+            moment = (tl.sum(moments, axis=1) + left_over * total) * right / rate
             tl.store(moment_ptr + out, moment, mask=live)
         if best_ptr is not None:
+            best = tl.zeros((BLOCK_M,), tl.int32)
+            peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+            for q in tl.static_range(4):
+                here = tl.max(zs[q], axis=1)
+                best = tl.where(here > peak, v + q * WIDTH + tl.argmax(zs[q], axis=1), best)
+                peak = tl.maximum(peak, here)
             tl.store(best_ptr + out, best, mask=live)
 
 
@@ -170,18 +236,30 @@ def statistics(
     moment = None if entropy is None else torch.empty_like(top)
     best = None if top1 is None else torch.empty_like(top, dtype=torch.int32)
     each = (z_t, top, total, moment, best)
-    lowest = torch.finfo(torch.float32).min
+    held = make((cdiv(most, m), columns), dtype=torch.int32)
+    # Times log₂ e it is a number, too.
+    lowest = -2e38
     for first in range(0, N, most):
         size = min(most, N - first)
+        launch(
+            _targets_kernel, (cdiv(size, m), cdiv(columns, 256)),
+            y, head.count, held, first, size, V, columns,
+            BLOCK_M=m, WIDTH=n // 4, BLOCK_C=256, num_warps=8,
+        )  # fmt: skip
         # Triton's own launch, for it makes the chip's descriptors.
         by_triton(
             _statistics_kernel, (min(programs, cdiv(size, m) * columns),),
-            descriptor(x, m, k), descriptor(weight, n, k), unit_stride(bias), y, head.count,
+            descriptor(x, m, k), descriptor(weight, n, k), unit_stride(bias), y, head.count, held,
             *each, first, size, V, H, softcap, logit_scale, lowest,
-            dtype_of_products(x), programs, **config,
+            dtype_of_products(x), rounding(x), programs, **config,
         )  # fmt: skip
         launch(
             _combine_kernel, (cdiv(size, 32),),
             y, head.places, head.count, *each, *rows, first, size, V, columns,
             LOWEST=lowest, BLOCK_C=64, BLOCK_N=32, num_warps=4,
         )  # fmt: skip
+
+
+def rounding(x: Tensor) -> str | None:
+    """How a chip rounds two numbers to the dtype of x; the interpreter does it by itself."""
+    return None if interpreting() else _ROUND_TWO[triton_dtype(x.dtype)]

@@ -123,10 +123,12 @@ def products_of_tiles() -> list[Compilation]:
 
 
 def statistics_of_tiles() -> list[Compilation]:
-    rows = {"y_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in ("z_t", "top", "total")}
+    rows = {"y_ptr": "*i64", "held_ptr": "*i32"}
+    rows |= {f"{n}_ptr": "*fp32" for n in ("z_t", "top", "total")}
     more = {"moment_ptr": "*fp32", "best_ptr": "*i32"}
     signature = tiles("bf16", x="MK", weight="NK") | rows
-    options = {"LOWEST": -3e38, "DTYPE": tl.bfloat16, "SCALE": 1.0}
+    options = {"LOWEST": -2e38, "DTYPE": tl.bfloat16, "SCALE": 1.0}
+    options["ROUND_TWO"] = statistics._ROUND_TWO[tl.bfloat16]
     kernel = statistics._statistics_kernel
     nothing = dict.fromkeys(("moment_ptr", "best_ptr", "bias_ptr", "CAP"))
     return [
@@ -139,7 +141,7 @@ def statistics_of_tiles() -> list[Compilation]:
 def orders_of_rows() -> list[Compilation]:
     """What takes rows to the front and back again, and puts together what is known of each."""
     config = products.tiles_config()
-    where = {"y_ptr": "*i64", "places_ptr": "*i64", "count_ptr": "*i32"}
+    where = {"y_ptr": "*i64", "places_ptr": "*i64", "count_ptr": "*i32", "held_ptr": "*i32"}
     sizes = dict.fromkeys(("stride_n", "first", "N", "H", "V", "columns", "ignore_index"), "i32")
     gathered = dict.fromkeys(("x_ptr", "out_ptr"), "*bf16")
     spread = {"dx_ptr": "*bf16", "parts_ptr": "*fp32", "out_ptr": "*bf16"}
@@ -159,6 +161,8 @@ def orders_of_rows() -> list[Compilation]:
         of_rows("gather", products._gather_kernel, gathered,
                 TILE=config["BLOCK_M"], BLOCK_N=8, BLOCK_H=1024),
         of_rows("spread", products._spread_kernel, spread, BLOCK_R=16, **divided),
+        of_rows("targets", statistics._targets_kernel, {}, 8,
+                BLOCK_M=config["BLOCK_M"], WIDTH=config["BLOCK_N"] // 4, BLOCK_C=256),
         of_rows("combine", statistics._combine_kernel, known, **together, **nothing),
         of_rows("combine-all", statistics._combine_kernel, known, **together),
     ]  # fmt: skip

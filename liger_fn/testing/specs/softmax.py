@@ -52,18 +52,19 @@ def compilation(id: str, kernel, config: dict, **flags) -> Compilation:
     """A kernel on bfloat16 tensors; sizes and strides fit 32 bits."""
     constants = {"SCALE": 0.125, "HAS_MASK": False, "CAUSAL": False}
     constants |= {"COMPUTE": tl.float32, **flags, **config}
-    warps = constants.pop("num_warps")
+    warps, most = constants.pop("num_warps"), constants.pop("maxnreg", None)
     types = {"mask_ptr": "*u8", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
     signature = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in runtime}
-    return Compilation(id, kernel, signature, constants, warps)
+    return Compilation(id, kernel, signature, constants, warps, maxnreg=most)
 
 
 def kernels() -> list[Compilation]:
     out = []
     lowest = torch.finfo(torch.float32).min
-    for D, masked in ((256, False), (4096, False), (4096, True), (32768, False), (131072, True)):
-        config = room._softmax_fwd_config(D)
+    plain = (256, 4096, 32768, 65536, 131072)
+    for D, masked in (*((D, False) for D in plain), (4096, True), (32768, True), (131072, True)):
+        config = room._softmax_fwd_config(D, not masked)
         tile = room._softmax_fwd_kernel if "BLOCK_N" in config else room._softmax_fwd_wide_kernel
         id = f"{D}-masked" if masked else str(D)
         flags = {"HAS_MASK": masked}
@@ -99,11 +100,15 @@ def attention_benchmark(B: int, H: int, T: int) -> Benchmark:
 
 def candidates(current: Config) -> list[Config]:
     """Tiles of whole rows as wide as they are, or walks along the row, and near the limit both."""
-    walks = around(BLOCK_D=(4096, 8192, 16384, 32768), num_warps=(8, 16, 32))
+    walks = around(
+        ("BLOCK_D",), BLOCK_D=(4096, 8192, 16384, 32768), HELD=(0, 1, 2, 4), num_warps=(8, 16, 32)
+    )
     if "BLOCK_N" not in current:
         return walks(current)
     tiles = around(BLOCK_N=(1, 2, 4, 8, 16), num_warps=(2, 4, 8, 16, 32))(current)
-    return tiles + (walks({"BLOCK_D": 8192, "num_warps": 8}) if current["BLOCK_D"] > 8192 else [])
+    return tiles + (
+        walks({"BLOCK_D": 8192, "HELD": 0, "num_warps": 8}) if current["BLOCK_D"] > 8192 else []
+    )
 
 
 def huge() -> Case:
