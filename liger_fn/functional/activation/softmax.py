@@ -35,6 +35,7 @@ from liger_fn.functional.core.launch import (
     next_power_of_2,
     per_row,
     rows_of,
+    shared_memory,
     tl,
     triton,
     triton_dtype,
@@ -389,16 +390,17 @@ def _softmax_bwd_wide_kernel(
         tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
 
 
-def _softmax_bwd_config(D: int, narrow: bool) -> dict:
+def _softmax_bwd_config(D: int, narrow: bool, hopper: bool = True) -> dict:
     """Half the tile of the forward pass, for two tensors are in registers at once.
 
     So are two tensors of wider rows in the cache. What is masked or wider than two bytes has not
-    the registers for a block of 32768. Of a row of 65536 nearly half is held.
+    the registers for a block of 32768. Of a row of 65536 half is held, on Hopper and later chips;
+    what is compiled for others has fewer registers left.
     """
     if D > 65536 or (D > 32768 and not narrow):
         return {"BLOCK_D": 32768 if narrow else 16384, "HELD": 0, "num_warps": 32}
     if D > 32768:
-        return {"BLOCK_D": 4096, "HELD": 7, "num_warps": 32}
+        return {"BLOCK_D": 8192, "HELD": 4 if hopper else 3, "num_warps": 32}
     if D > 16384 and narrow:
         return {"BLOCK_D": 8192, "HELD": 1, "num_warps": 16, "maxnreg": 64}
     if D > 16384:
@@ -410,9 +412,9 @@ def _softmax_bwd_config(D: int, narrow: bool) -> dict:
 
 @functools.lru_cache(MOST)
 def _softmax_bwd_with(
-    D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
+    D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype, hopper: bool
 ) -> Bound:
-    config = _softmax_bwd_config(D, _narrow(dtype, has_mask or causal))
+    config = _softmax_bwd_config(D, _narrow(dtype, has_mask or causal), hopper)
     return Bound(
         _softmax_bwd_kernel if "BLOCK_N" in config else _softmax_bwd_wide_kernel,
         SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal,
@@ -453,7 +455,8 @@ def _backward(
         top, total = unit_stride(top), unit_stride(total)
         mask, (H, T), mask_strides = _rows_of_mask(mask)
         strides = x_stride_n, *mask_strides, dy_stride_n
-        kernel = _softmax_bwd_with(D, scale, mask is not None, causal, x.dtype)
+        hopper = shared_memory(x.device) >= 220_000
+        kernel = _softmax_bwd_with(D, scale, mask is not None, causal, x.dtype, hopper)
         _launch(kernel, N, x, mask, top, total, dy, dx, *strides, H, T, D)
     return (dx,)
 

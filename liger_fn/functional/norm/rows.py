@@ -394,7 +394,8 @@ def norm_fwd(
         residual, residual_stride_n = (None, 0) if residual is None else rows_of(residual)
         weight, bias = unit_stride(weight), unit_stride(bias)
         T = _rows_of_a_sample(N, D, weight)
-        kernel = _norm_fwd_with(D, x.dtype, centred or bias is not None, eps, offset, cast)
+        shifted = centred or bias is not None
+        kernel = _norm_fwd_with(D, x.dtype, shifted, eps, offset or None, cast)
         block_n = kernel.constants.get("BLOCK_N")
         # A program of a wide row need not know N.
         grid, sizes = ((cdiv(N, block_n),), (N, D, T)) if block_n else ((N,), (D, T))
@@ -757,7 +758,9 @@ def norm_bwd(
     T = _rows_of_a_sample(N, D, weight)
     modulated = T is not None or (bias is not None and offset is not None)
     most = 32 if T is None else next_power_of_2(T)
-    kernel, block_n, per_sm = _norm_bwd_with(D, x.dtype, mean is not None, modulated, most, offset)
+    kernel, block_n, per_sm = _norm_bwd_with(
+        D, x.dtype, mean is not None, modulated, most, offset or None
+    )
     strides, held = (x_stride_n, dy_stride_n, ds_stride_n), "PIECES" in kernel.constants
     apart = (not held, not held or _dbias_is_apart(D, mean is not None))
     at_once = per_sm * sm_count(x.device)

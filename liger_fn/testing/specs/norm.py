@@ -121,7 +121,7 @@ def compilations(
     absent += [] if shifted else ["bias_ptr", "dbias_part_ptr", "more_part_ptr", "more_out_ptr"]
     absent += [] if sampled else ["T"]
     compute = {"COMPUTE": tl.float32}
-    scaled = {"OFFSET": 1.0 if sampled else None if centred else 0.0, **compute}
+    scaled = {"OFFSET": None if centred and not sampled else 1.0, **compute}
 
     def kernels():
         out = []

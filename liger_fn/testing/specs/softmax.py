@@ -1,6 +1,7 @@
 """Facts about softmax."""
 
 import inspect
+from dataclasses import replace
 
 import torch
 import triton.language as tl
@@ -69,9 +70,13 @@ def kernels() -> list[Compilation]:
         id = f"{D}-masked" if masked else str(D)
         flags = {"HAS_MASK": masked}
         out.append(compilation(f"fwd-{id}", tile, config, LOWEST=lowest, **flags))
-        config = room._softmax_bwd_config(D, not masked)
-        tile = room._softmax_bwd_kernel if "BLOCK_N" in config else room._softmax_bwd_wide_kernel
-        out.append(compilation(f"bwd-{id}", tile, config, **flags))
+        for hopper in (False, True) if id == "65536" else (True,):
+            config = room._softmax_bwd_config(D, not masked, hopper)
+            wide = "BLOCK_N" not in config
+            kernel = room._softmax_bwd_wide_kernel if wide else room._softmax_bwd_kernel
+            entry = compilation(f"bwd-{id}{'' if hopper else '-ampere'}", kernel, config, **flags)
+            chips = () if id != "65536" else (90, 100) if hopper else (80,)
+            out.append(replace(entry, chips=chips))
     return out
 
 
