@@ -205,7 +205,7 @@ def test_ignored_rows_cost_nothing(head, device, backward):
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end))
-        return sorted(times)[3]
+        return min(times)
 
     weight, x = weight.requires_grad_(backward), x.requires_grad_(backward)
     assert seconds(few) < 0.3 * seconds(y)
