@@ -583,7 +583,7 @@ def test_a_sweep_has_rows_of_all_candidates_and_says_what_the_op_does_today(benc
     got = {(r.mode, r.provider): r for r in rows}
     fwd, bwd = "sweep-fwd _softmax_fwd_config", "sweep-bwd _softmax_bwd_config"
     assert {key: r.status for key, r in got.items()} == {
-        (fwd, "BLOCK_D=1024 BLOCK_N=4 num_warps=4"): "ok",
+        (fwd, "BLOCK_D=1024 BLOCK_N=2 num_warps=4"): "ok",
         (fwd, "BLOCK_D=1024 BLOCK_N=1 num_warps=4"): "ok",
         (fwd, "BLOCK_D=512 BLOCK_N=1 num_warps=4"): "wrong",
         (fwd, "BLOCK_D=1000 BLOCK_N=1 num_warps=4"): "failed",
@@ -592,8 +592,8 @@ def test_a_sweep_has_rows_of_all_candidates_and_says_what_the_op_does_today(benc
     }
     assert all((r.ms is not None and r.ms > 0) == (r.status == "ok") for r in rows)
     today = [r.provider for r in rows if r.note == report.CURRENT]
-    assert today == ["BLOCK_D=1024 BLOCK_N=4 num_warps=4", "BLOCK_D=1024 BLOCK_N=2 num_warps=4"]
-    assert softmax_file._softmax_fwd_config(1024, True)["BLOCK_N"] == 4
+    assert today == ["BLOCK_D=1024 BLOCK_N=2 num_warps=4", "BLOCK_D=1024 BLOCK_N=2 num_warps=4"]
+    assert softmax_file._softmax_fwd_config(1024, True)["BLOCK_N"] == 2
 
 
 def test_a_launcher_that_keeps_what_it_made_of_a_configuration_makes_it_anew(monkeypatch):

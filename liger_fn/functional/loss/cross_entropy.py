@@ -12,9 +12,9 @@ with x the logits, t the target, w the class weights, ε the label smoothing. Me
 per element of 2-byte logits: 2 forward (read), 4 backward (read, write the gradient); `lse`, 4
 bytes a row, is kept. Ignored rows are not read.
 
-The op gives the loss of every row; sums and means are PyTorch's, outside, so that each row may have
-its own upstream gradient and rows may live on different devices. One kernel serves forward,
-backward and, for losses that hold the logits themselves, both at once, over the logits.
+The op gives the loss of every row, so that each may have its own upstream gradient, and rows may
+live on different devices; the mean of rows is an op of its own. One kernel serves forward, backward
+and, for losses that hold the logits themselves, both at once, over the logits.
 """
 
 import functools
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
-from liger_fn.functional.core.direct import MOST, Bound
+from liger_fn.functional.core.direct import MOST, Bound, launch
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -33,6 +33,7 @@ from liger_fn.functional.core.launch import (
     has_work,
     next_power_of_2,
     per_row,
+    rows_of,
     tl,
     triton,
     triton_dtype,
@@ -96,30 +97,39 @@ def reference_rows(
 def reduced(
     loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
-    """Reduce the losses of rows."""
+    """Reduce the losses of rows, by PyTorch's own operations."""
     if reduction == "none":
         return loss
     total = loss.sum()
     return total if reduction == "sum" else mean(total, target, class_weight, ignore_index)
 
 
+def reference_mean(
+    loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    return loss.sum(-1) / weight_of(target, class_weight, ignore_index, loss.dtype)
+
+
 def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
     """Divide by the weight of the rows that count."""
-    return total / weight_of(target, class_weight, ignore_index, total.dtype)
+    return total / weight_of(target.reshape(-1), class_weight, ignore_index, total.dtype)
 
 
 def weight_of(
     target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight of the rows that count; of none, a number by which their loss, 0, divides to 0."""
+    """The weight of the rows that count, along the last dimension.
+
+    Of none it is a number by which their loss, 0, divides to 0.
+    """
     # uint8 holds no -100, and would compare with 156.
     target = target.long()
     counts = target != ignore_index
     if class_weight is None:
-        return counts.sum(dtype=dtype).clamp(min=1.0)
+        return counts.sum(-1, dtype=dtype).clamp(min=1.0)
     t = target.clamp(0, class_weight.shape[0] - 1)
     # Detached, for class weights are constants: the losses give them no gradient either.
-    weight = (class_weight.detach().to(dtype)[t] * counts).sum()
+    weight = (class_weight.detach().to(dtype)[t] * counts).sum(-1)
     return weight.masked_fill(weight == 0, math.inf)
 
 
@@ -430,6 +440,80 @@ _cross_entropy = custom_vjp(
 )
 
 
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def _mean_kernel(
+    loss_ptr, target_ptr, class_weight_ptr, mean_ptr, weight_ptr,
+    loss_stride_b, target_stride_b, N, V, ignore_index,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    COMPUTE: tl.constexpr = loss_ptr.dtype.element_ty
+    losses, weights = tl.zeros((BLOCK_N,), COMPUTE), tl.zeros((BLOCK_N,), COMPUTE)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        losses += tl.load(loss_ptr + b * loss_stride_b + n, mask=n < N, other=0.0)
+        t = tl.load(target_ptr + b * target_stride_b + n, mask=n < N, other=0).to(tl.int64)
+        counts = (n < N) & (t != ignore_index)
+        if class_weight_ptr is None:
+            weights += counts.to(COMPUTE)
+        else:
+            t = tl.minimum(tl.maximum(t, 0), V - 1)
+            weights += tl.load(class_weight_ptr + t, mask=counts, other=0.0).to(COMPUTE)
+    weight = tl.sum(weights, axis=0)
+    if class_weight_ptr is None:
+        weight = tl.maximum(weight, 1.0)
+    else:
+        weight = tl.where(weight == 0.0, float("inf"), weight)
+    tl.store(mean_ptr + b, tl.sum(losses, axis=0) / weight)
+    tl.store(weight_ptr + b, weight)
+
+
+def _mean_config(N: int) -> dict:
+    """One program, for to add up what others have found is another launch; few rows are left."""
+    block_n = max(16, min(next_power_of_2(N), 8192))
+    return {"BLOCK_N": block_n, "num_warps": max(1, block_n // 256)}
+
+
+def mean_fwd(
+    loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    mean = per_row(loss, loss.dtype)
+    weight = torch.empty_like(mean)
+
+    if has_work(mean):
+        N, V = loss.shape[-1], 0 if class_weight is None else len(class_weight)
+        (loss, loss_stride_b), (target, target_stride_b) = rows_of(loss), rows_of(target)
+        launch(
+            _mean_kernel, (mean.numel(),),
+            loss, target, unit_stride(class_weight), mean, weight,
+            loss_stride_b, target_stride_b, N, V, ignore_index, **_mean_config(N),
+        )  # fmt: skip
+    return mean, weight
+
+
+def mean_bwd(
+    loss: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    weight: Tensor,
+    dmean: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor]:
+    return ((dmean / weight)[..., None].expand(loss.shape),)
+
+
+_mean_of_rows = custom_vjp(
+    "mean_of_rows",
+    reference=reference_mean,
+    fwd=mean_fwd,
+    bwd=mean_bwd,
+    results="mean",
+    residuals="weight",
+    grads="loss",
+    rows="loss target mean weight",
+)
+
+
 def check_options(
     op: str,
     of: Tensor,
@@ -531,4 +615,8 @@ def cross_entropy(
     loss = _cross_entropy(
         logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
     )
-    return reduced(loss, target, class_weight, ignore_index, reduction)
+    if reduction != "mean":
+        return reduced(loss, target, class_weight, ignore_index, reduction)
+    if loss.dim() != 1:
+        loss, target = loss.reshape(-1), target.reshape(-1)
+    return _mean_of_rows(loss, target, class_weight, ignore_index)
