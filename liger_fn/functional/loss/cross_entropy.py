@@ -107,29 +107,30 @@ def reduced(
 def reference_mean(
     loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    return loss.sum(-1) / weight_of(target, class_weight, ignore_index, loss.dtype)
+    return loss.sum(-1) / weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
 
 
 def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
     """Divide by the weight of the rows that count."""
-    return total / weight_of(target.reshape(-1), class_weight, ignore_index, total.dtype)
+    return total / weight_of(target, class_weight, ignore_index, total.dtype)
 
 
 def weight_of(
-    target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    dim: int | None = None,
 ) -> Tensor:
-    """The weight of the rows that count, along the last dimension.
-
-    Of none it is a number by which their loss, 0, divides to 0.
-    """
+    """The weight of the rows that count; of none, a number by which their loss, 0, divides to 0."""
     # uint8 holds no -100, and would compare with 156.
     target = target.long()
     counts = target != ignore_index
     if class_weight is None:
-        return counts.sum(-1, dtype=dtype).clamp(min=1.0)
+        return counts.sum(dim, dtype=dtype).clamp(min=1.0)
     t = target.clamp(0, class_weight.shape[0] - 1)
     # Detached, for class weights are constants: the losses give them no gradient either.
-    weight = (class_weight.detach().to(dtype)[t] * counts).sum(-1)
+    weight = (class_weight.detach().to(dtype)[t] * counts).sum(dim)
     return weight.masked_fill(weight == 0, math.inf)
 
 
