@@ -24,6 +24,7 @@ _COLORS = {
     "quack-base": "#f5d69a",
 }
 _UNKNOWN = "#8a8d91"
+_SHAPES_A_LINE = 7
 _LABELS = {
     "floor": "share of the floor (the device's limit is 100 %)",
     "ms": "milliseconds of host time a call",
@@ -115,10 +116,11 @@ def _draw_curve(device: str, op: str, shape: str, rows: list[Row], folder: Path)
 def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | None:
     device, op, mode = key
     quantity = "peak_mib" if mode == "memory" else "ms" if mode.startswith("host") else "floor"
+    # What settings of ours cost is a curve of its own.
     value = {
         (r.shape, r.provider): getattr(r, quantity)
         for r in rows
-        if getattr(r, quantity) is not None
+        if getattr(r, quantity) is not None and not r.provider.startswith("liger_fn-")
     }
     if not value:
         return None
@@ -143,22 +145,29 @@ def bars(
 
     shapes = list(dict.fromkeys(shape for shape, _ in value))
     providers = list(dict.fromkeys(provider for _, provider in value))
-    figure, axes = pyplot.subplots(
-        figsize=(max(6.0, 1.2 + 1.9 * len(shapes)), 3.6), layout="constrained"
-    )
+    lines = -(-len(shapes) // _SHAPES_A_LINE)
+    longest = -(-len(shapes) // lines)
+    figure, panels = pyplot.subplots(
+        lines, 1, squeeze=False, sharey=True, layout="constrained",
+        figsize=(max(6.0, 1.2 + 1.9 * longest), 1.0 + 2.6 * lines),
+    )  # fmt: skip
     width = 0.8 / len(providers)
-    for i, provider in enumerate(providers):
-        at = [s + (i - (len(providers) - 1) / 2) * width for s in range(len(shapes))]
-        heights = [value.get((shape, provider), 0.0) for shape in shapes]
-        color = colors.get(provider, _UNKNOWN)
-        axes.bar(at, heights, width * 0.92, label=provider, color=color)
-    axes.set_xticks(range(len(shapes)), shapes)
-    axes.set_ylabel(label, fontsize=8)
-    axes.set_title(title, fontsize=10, loc="left")
-    if percent:
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    axes.spines[["top", "right"]].set_visible(False)
-    columns = min(len(providers), int(figure.get_figwidth() // 1.1))
+    for line, axes in enumerate(panels[:, 0]):
+        shown = shapes[line * longest : (line + 1) * longest]
+        for i, provider in enumerate(providers):
+            at = [s + (i - (len(providers) - 1) / 2) * width for s in range(len(shown))]
+            heights = [value.get((shape, provider), 0.0) for shape in shown]
+            name = provider if line == 0 else None
+            axes.bar(at, heights, width * 0.92, label=name, color=colors.get(provider, _UNKNOWN))
+        axes.set_xticks(range(len(shown)), [shape.replace("-", "\n", 1) for shape in shown])
+        axes.tick_params("x", labelsize=8)
+        axes.set_xlim(-0.6, longest - 0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+        if percent:
+            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    figure.supylabel(label, fontsize=8)
+    panels[0, 0].set_title(title, fontsize=10, loc="left")
+    columns = min(len(providers), int(figure.get_figwidth() // 1.3))
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
