@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_fn.functional import cross_entropy, using
+from liger_fn.functional.loss import cross_entropy as room
 
 
 @pytest.fixture(params=["kernels", "reference"], autouse=True)
@@ -111,3 +112,20 @@ def test_a_shifted_view_is_read_where_it_lies(device):
         logits[:, :-1].reshape(-1, 7), target[:, 1:].reshape(-1), reduction="none"
     )
     torch.testing.assert_close(got.reshape(-1), expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_rows_have_the_mean_of_few(device, monkeypatch, weighted):
+    """Beyond so many rows PyTorch adds them up."""
+    logits = torch.randn(300, 7, device=device, requires_grad=True)
+    target = torch.randint(7, (300,), device=device)
+    target[::3] = -100
+    class_weight = torch.rand(7, device=device) if weighted else None
+
+    def mean_and_gradient():
+        mean = cross_entropy(logits, target, class_weight=class_weight)
+        return mean, *torch.autograd.grad(mean, logits)
+
+    few = mean_and_gradient()
+    monkeypatch.setattr(room, "_FEW_ROWS", 100)
+    torch.testing.assert_close(mean_and_gradient(), few)

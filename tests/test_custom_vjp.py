@@ -796,7 +796,8 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing import assert_close
-from liger_fn.functional import rms_norm
+from liger_fn.functional import cross_entropy, rms_norm
+from liger_fn.functional.loss.cross_entropy import reference as mean_of
 from liger_fn.functional.norm.rms_norm import reference
 
 rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
@@ -820,6 +821,18 @@ for f in (rms_norm, torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
         for a, b in ((out, y), (dx.grad, x.grad), (dw.grad, w.grad)):
             assert_close(a.full_tensor(), b)
         assert dw.grad.placements == ((Partial() if expected.is_shard() else Replicate()),)
+
+# The mean of rows that are spread unevenly, or along an inner dimension.
+for shape, dim in (((5,), 0), ((4, 6), 1), ((3, 5), 0)):
+    T = torch.randint(0, 8, shape)
+    T.view(-1)[0] = -100
+    z = torch.randn(*shape, 8, requires_grad=True)
+    mean_of(z, T).backward()
+    dz = distribute_tensor(z.detach(), mesh, [Shard(dim)]).requires_grad_()
+    out = cross_entropy(dz, distribute_tensor(T, mesh, [Shard(dim)]))
+    out.backward()
+    assert_close(out.full_tensor(), mean_of(z, T))
+    assert_close(dz.grad.full_tensor(), z.grad)
 
 class Norm(torch.nn.Module):
     def __init__(self):

@@ -7,6 +7,7 @@ import torch
 
 import liger_fn.functional as LF
 from liger_fn.functional.linear_loss import products
+from liger_fn.functional.linear_loss import statistics as module
 from liger_fn.functional.linear_loss.chunks import Limits
 from liger_fn.functional.linear_loss.cross_entropy import sum_over_chunks
 from liger_fn.functional.linear_loss.products import AllRows, Counted
@@ -113,6 +114,36 @@ def test_statistics_without_logits(head, options):
     for got, exact in zip(rows, want, strict=False):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(rows[4] + rows[5], rows[1])
+
+
+@pytest.mark.parametrize("y_dtype", [torch.int64, torch.uint8])
+def test_statistics_write_within_their_rows(head, monkeypatch, y_dtype):
+    """The last tile has rows past the last, and 255 stands for −1 where a number has no sign."""
+    N, V = 100, 300
+    weight, x, y = head(N, 64, V, 0.0)
+    launched, last = module.by_triton, []
+
+    def with_more_memory(kernel, grid, *args, **options):
+        at = kernel.arg_names.index("z_t_ptr")
+        last.append(torch.full((2 * N,), 123.0, device=x.device))
+        launched(kernel, grid, *args[:at], last[0], *args[at + 1 :], **options)
+
+    monkeypatch.setattr(module, "by_triton", with_more_memory)
+    rows = logprobs.new_rows(x, y.shape, with_entropy=False, with_top1=False)
+    module.statistics(weight, None, Counted(x, (y % 250).to(y_dtype), -100), None, 1.0, rows)
+    assert (last[0][:N] != 123.0).all()
+    assert (last[0][N:] == 123.0).all()
+
+
+def test_logits_as_low_as_they_go(head):
+    """All alike, and below what times log₂ e is a number."""
+    weight, x, y = head(20, 64, 100, 0.0)
+    bias = torch.full((100,), -6e4, dtype=x.dtype, device=x.device)
+    with torch.no_grad():
+        got = LF.fused_linear_logprobs(weight, x, y, bias=bias, logit_scale=5e33, entropy=True)
+    # The scale makes of what the products differ by more than any difference that leaves a sum.
+    assert got.logp.le(0.0).all()
+    assert got.entropy.isfinite().all()
 
 
 def test_a_square_that_nobody_wants_is_not_taken(head):

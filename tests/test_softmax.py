@@ -12,12 +12,12 @@ from liger_fn.functional.activation import softmax as room
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(params=["one tile", "along the row", "along the row, half of it held"])
+@pytest.fixture(params=["one tile", "along the row", "along the row, some of it held"])
 def pass_over_the_row(request, monkeypatch):
     """Both kernels of a pass give what softmax says, whatever the width."""
     kept = room._softmax_fwd_with, room._softmax_bwd_with
     if request.param != "one tile":
-        config = {"BLOCK_D": 1, "HELD": 2 if "held" in request.param else 0, "num_warps": 1}
+        config = {"BLOCK_D": 2, "HELD": 1 if "held" in request.param else 0, "num_warps": 1}
         for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
             monkeypatch.setattr(room, name, lambda *_: config)
     for kernels in kept:
@@ -118,3 +118,18 @@ def test_the_module_is_torchs(dim, device):
     mask = torch.rand(4, 1, device=device) < 0.5
     want = room.reference(x.movedim(dim, -1), mask=mask.expand(3, 4, 5).movedim(dim, -1))
     torch.testing.assert_close(nn.Softmax(dim)(x, mask), want.movedim(-1, dim))
+
+
+def test_no_more_blocks_are_held_than_a_row_has(device, monkeypatch):
+    """As a sweep might have it."""
+    kept = room._softmax_fwd_with, room._softmax_bwd_with
+    for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
+        config = {"BLOCK_D": 4, "HELD": 3, "num_warps": 1}
+        monkeypatch.setattr(room, name, lambda *_, config=config: config)
+    for kernels in kept:
+        kernels.cache_clear()
+    x = rows(device, [1.0, 2.0, 3.0, 4.0, 5.0])
+    y = softmax(x)
+    for kernels in kept:
+        kernels.cache_clear()
+    torch.testing.assert_close(y, torch.softmax(x, -1))

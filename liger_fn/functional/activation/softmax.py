@@ -11,10 +11,11 @@ and `total`, 8 bytes a row, are kept, and y is computed again from them: it is t
 the forward pass, where a rounded y, or one sum top + log(total), would lose digits.
 
 A row that fits into a program's registers is read once. A wider one is read twice, the second time
-backwards: what was read last is still in registers, as it was read, and what before that, in the
-first- and second-level cache. The first time it asks the cache to keep what it reads, the second
-time not to. What is held makes 0.52 ms of 0.57 forward at 16384 x 32768 on an H200, and 0.82 of
-1.01 backward at 8192 x 65536; forward there, no share that was tried gains anything.
+backwards: what was read last is still in the first- and second-level cache. The first time it asks
+the cache to keep what it reads, the second time not to. Of rows of two bytes an element without a
+mask, some blocks stay in registers between the two, as they were read: 0.52 ms instead of 0.57
+forward at 16384 x 32768 on an H200, and 0.82 instead of 1.01 backward at 8192 x 65536. Forward
+there, no share that was tried gains anything.
 """
 
 import functools
@@ -26,7 +27,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
-from liger_fn.functional.core.kernels import exp_of, no_blocks
+from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -82,6 +83,7 @@ def _logits(
     x, mask_ptr, col, mask_stride_d, inside,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
+    """Turn x, as it was loaded, into z; −∞ where it is masked."""
     z = x.to(COMPUTE) * SCALE
     if HAS_MASK:
         allowed = tl.load(mask_ptr + col.to(tl.int64) * mask_stride_d, mask=inside, other=0)
@@ -89,13 +91,6 @@ def _logits(
     if HAS_MASK or SCALE <= 0.0:
         z = tl.where(inside, z, float("-inf"))
     return z
-
-
-@triton.jit
-def _columns_of(BLOCK_D: tl.constexpr):
-    """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
-    NEAR: tl.constexpr = 8 if BLOCK_D >= 8 else BLOCK_D
-    return tl.arange(0, BLOCK_D // NEAR)[:, None] * NEAR + tl.arange(0, NEAR)[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "H", "T"])
@@ -156,7 +151,7 @@ def _softmax_fwd_wide_kernel(
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    block = _columns_of(BLOCK_D)
+    block = columns_of(BLOCK_D)
     width = (row % D).to(tl.int32) + 1 if CAUSAL else D
     x_ptr += row * x_stride_n
     if HAS_MASK:
@@ -208,26 +203,35 @@ def _softmax_fwd_wide_kernel(
         tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
 
 
-def _narrow(dtype: torch.dtype, masked: bool) -> bool:
-    """Whether registers hold blocks of a wide row: two bytes an element, and nothing beside it."""
-    return dtype.itemsize == 2 and not masked
+def _holds(D: int, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether registers hold blocks of a wide row: of two bytes an element, in whole vectors, and
+    with no mask beside it. For others they do not suffice.
+    """
+    return dtype.itemsize == 2 and D % 16 == 0 and not masked
 
 
-def _softmax_fwd_config(D: int, narrow: bool) -> dict:
+def _with_blocks_of_a_row(config: dict, D: int) -> dict:
+    """Hold no more blocks than a row has."""
+    if "HELD" in config:
+        config = config | {"HELD": min(config["HELD"], cdiv(D, config["BLOCK_D"]))}
+    return config
+
+
+def _softmax_fwd_config(D: int, holds: bool) -> dict:
     """A row in registers, 32 elements a thread: four 16-byte loads in flight. Of shorter rows 2048
     elements a program: more programs gain more than more loads a thread, as in the norms.
 
     Beyond 16384 elements a multiprocessor would have registers for one row, and nothing to do while
-    its warps wait for each other: a program walks along the row and reads it twice, but for blocks
-    that it holds, if they are `narrow`: of two bytes an element, and not masked. Three programs
-    of up to 40 registers a thread share a multiprocessor, or two of 32, so long as the rows in
-    flight stay in the second-level cache; they are 34 MB of 132 programs at 131072 elements.
+    its warps wait for each other: a program walks along the row and reads it twice, but for the
+    blocks that it `holds`. Three programs of up to 40 registers a thread share a multiprocessor, or
+    two of 32, so long as the rows in flight stay in the second-level cache; they are 34 MB of 132
+    programs at 131072 elements.
     """
     if D > 65536:
         return {"BLOCK_D": 32768, "HELD": 0, "num_warps": 32}
     if D > 32768:
         return {"BLOCK_D": 16384, "HELD": 0, "num_warps": 32}
-    if D > 16384 and narrow:
+    if D > 16384 and holds:
         return {"BLOCK_D": 8192, "HELD": 1, "num_warps": 16, "maxnreg": 40}
     if D > 16384:
         return {"BLOCK_D": 16384, "HELD": 0, "num_warps": 16}
@@ -240,7 +244,9 @@ def _softmax_fwd_config(D: int, narrow: bool) -> dict:
 def _softmax_fwd_with(
     D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype
 ) -> Bound:
-    config, compute = _softmax_fwd_config(D, _narrow(dtype, has_mask or causal)), accumulator(dtype)
+    compute = accumulator(dtype)
+    config = _softmax_fwd_config(D, _holds(D, dtype, has_mask or causal))
+    config = _with_blocks_of_a_row(config, D)
     return Bound(
         _softmax_fwd_kernel if "BLOCK_N" in config else _softmax_fwd_wide_kernel,
         SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal, LOWEST=torch.finfo(compute).min,
@@ -390,18 +396,18 @@ def _softmax_bwd_wide_kernel(
         tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
 
 
-def _softmax_bwd_config(D: int, narrow: bool, hopper: bool = True) -> dict:
-    """Half the tile of the forward pass, for two tensors are in registers at once.
+def _softmax_bwd_config(D: int, holds: bool, hopper: bool = True) -> dict:
+    """As many numbers a thread as in the forward pass, or half: two tensors are in registers.
 
-    So are two tensors of wider rows in the cache. What is masked or wider than two bytes has not
-    the registers for a block of 32768. Of a row of 65536 half is held, on Hopper and later chips;
-    what is compiled for others has fewer registers left.
+    So are two tensors of wider rows in the cache. Where nothing is held for want of registers,
+    there are none for a block of 32768 either. Of a row of 65536 half is held, on Hopper and later
+    chips; what is compiled for others has fewer registers left.
     """
-    if D > 65536 or (D > 32768 and not narrow):
-        return {"BLOCK_D": 32768 if narrow else 16384, "HELD": 0, "num_warps": 32}
+    if D > 65536 or (D > 32768 and not holds):
+        return {"BLOCK_D": 32768 if holds else 16384, "HELD": 0, "num_warps": 32}
     if D > 32768:
         return {"BLOCK_D": 8192, "HELD": 4 if hopper else 3, "num_warps": 32}
-    if D > 16384 and narrow:
+    if D > 16384 and holds:
         return {"BLOCK_D": 8192, "HELD": 1, "num_warps": 16, "maxnreg": 64}
     if D > 16384:
         return {"BLOCK_D": 16384, "HELD": 0, "num_warps": 16}
@@ -414,7 +420,8 @@ def _softmax_bwd_config(D: int, narrow: bool, hopper: bool = True) -> dict:
 def _softmax_bwd_with(
     D: int, scale: float, has_mask: bool, causal: bool, dtype: torch.dtype, hopper: bool
 ) -> Bound:
-    config = _softmax_bwd_config(D, _narrow(dtype, has_mask or causal), hopper)
+    config = _softmax_bwd_config(D, _holds(D, dtype, has_mask or causal), hopper)
+    config = _with_blocks_of_a_row(config, D)
     return Bound(
         _softmax_bwd_kernel if "BLOCK_N" in config else _softmax_bwd_wide_kernel,
         SCALE=scale, HAS_MASK=has_mask, CAUSAL=causal,

@@ -20,3 +20,10 @@ def exp_of(x, SIGN: tl.constexpr = 1.0):
 def no_blocks():
     """An empty tuple, to which blocks are added; to type checkers it says nothing of its length."""
     return ()
+
+
+@triton.jit
+def columns_of(BLOCK: tl.constexpr):
+    """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
+    NEAR: tl.constexpr = 8 if BLOCK >= 8 else BLOCK
+    return tl.arange(0, BLOCK // NEAR)[:, None] * NEAR + tl.arange(0, NEAR)[None, :]

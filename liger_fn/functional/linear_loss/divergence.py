@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import exp_of
+from liger_fn.functional.core.kernels import columns_of, exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     has_work,
@@ -59,7 +59,7 @@ from liger_fn.functional.linear_loss.cross_entropy import (
 )
 from liger_fn.functional.linear_loss.products import AllRows, Counted, suits
 from liger_fn.functional.loss import divergence
-from liger_fn.functional.loss.cross_entropy import REDUCTIONS, columns_of
+from liger_fn.functional.loss.cross_entropy import REDUCTIONS
 from liger_fn.functional.loss.cross_entropy import reference_rows as reference_cross_entropy
 from liger_fn.functional.loss.divergence import compute_dtype, term_of
 

@@ -78,7 +78,7 @@ def _targets_kernel(
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = at < rows_of_chunk(count_ptr, first, N)
     t = tl.load(y_ptr + first + at, mask=live, other=-1).to(tl.int64)
-    quarter = tl.where((t >= 0) & (t < V), t // WIDTH, -1).to(tl.int32)
+    quarter = tl.where(live & (t >= 0) & (t < V), t // WIDTH, -1).to(tl.int32)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     held = tl.zeros((BLOCK_C,), tl.int32)
     for q in tl.static_range(4):
@@ -120,7 +120,7 @@ def _statistics_kernel(
             if (held >> q) & 1:
                 t = tl.load(y_ptr + first + at, mask=live, other=-1).to(tl.int64)
                 z_t = tl.sum(tl.where(col[None, :] == t[:, None], z, 0.0), axis=1)
-                here = (t >= start) & (t < tl.minimum(start + WIDTH, V))
+                here = live & (t >= start) & (t < tl.minimum(start + WIDTH, V))
                 tl.store(z_t_ptr + at, z_t, mask=here)
             zs += (z,)
 
@@ -128,7 +128,8 @@ def _statistics_kernel(
         peaks = tl.maximum(tl.maximum(zs[0], zs[1]), tl.maximum(zs[2], zs[3]))
         top = tl.maximum(tl.max(peaks, axis=1), LOWEST)
         # One instruction takes z to the exponent of 2. What the rounded highest leaves is put right
-        # in the sum; of numbers so large that it might be a power too high, none is near the top.
+        # in the sum. From 2³⁰ on, where that might be a power too high, numbers are 64 apart: exp
+        # of a difference is 0 or 1, and the rate is that which leaves nothing.
         rate = tl.where(tl.abs(top) < 1073741824.0, 1.4426950408889634, 1.0)
         highest = top * rate
         totals = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -237,8 +238,7 @@ def statistics(
     best = None if top1 is None else torch.empty_like(top, dtype=torch.int32)
     each = (z_t, top, total, moment, best)
     held = make((cdiv(most, m), columns), dtype=torch.int32)
-    # Times log₂ e it is a number, too.
-    lowest = -2e38
+    lowest = torch.finfo(torch.float32).min
     for first in range(0, N, most):
         size = min(most, N - first)
         launch(

@@ -10,7 +10,7 @@
 
 with x the logits, t the target, w the class weights, ε the label smoothing. Memory traffic in bytes
 per element of 2-byte logits: 2 forward (read), 4 backward (read, write the gradient); `lse`, 4
-bytes a row, is kept. Ignored rows are not read.
+bytes a row, is kept, and 4 more for a mean. Ignored rows are not read.
 
 The op gives the loss of every row, so that each may have its own upstream gradient, and rows may
 live on different devices; the mean of rows is an op of its own. One kernel serves forward, backward
@@ -26,6 +26,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound, launch
+from liger_fn.functional.core.kernels import columns_of
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -160,12 +161,6 @@ def times_slope(dz, z, SCALE: tl.constexpr, CAP: tl.constexpr):
     if CAP is not None:
         dx *= 1.0 - (z / CAP) * (z / CAP)
     return dx
-
-
-@triton.jit
-def columns_of(BLOCK_V: tl.constexpr):
-    """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
-    return tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
@@ -469,8 +464,12 @@ def _mean_kernel(
     tl.store(weight_ptr + b, weight)
 
 
+# Beyond these one program takes longer than the whole chip does in several launches.
+_FEW_ROWS = 1 << 17
+
+
 def _mean_config(N: int) -> dict:
-    """One program, for to add up what others have found is another launch; few rows are left."""
+    """One program: to add up what several have found would be another launch."""
     block_n = max(16, min(next_power_of_2(N), 8192))
     return {"BLOCK_N": block_n, "num_warps": max(1, block_n // 256)}
 
@@ -478,6 +477,9 @@ def _mean_config(N: int) -> dict:
 def mean_fwd(
     loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
+    if not loss.is_meta and loss.shape[-1] > _FEW_ROWS:
+        weight = weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
+        return loss.sum(-1) / weight, weight
     mean = per_row(loss, loss.dtype)
     weight = torch.empty_like(mean)
 
@@ -599,8 +601,8 @@ def cross_entropy(
         ValueError: a shape or device does not fit, an option is out of its range.
 
     Precision: float32 throughout (float64 for float64 logits); the gradient is rounded once.
-    Memory: logits, target and 4 bytes a row live until the backward pass, which allocates the
-        gradient.
+    Memory: logits, target and 4 bytes a row, of a mean 8, live until the backward pass, which
+        allocates the gradient.
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016 (label
         smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
     """
@@ -616,7 +618,8 @@ def cross_entropy(
     loss = _cross_entropy(
         logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
     )
-    if reduction != "mean":
+    # DTensor knows how to add up rows that are spread over devices.
+    if reduction != "mean" or type(loss) is not Tensor:
         return reduced(loss, target, class_weight, ignore_index, reduction)
     if loss.dim() != 1:
         loss, target = loss.reshape(-1), target.reshape(-1)

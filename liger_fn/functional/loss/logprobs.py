@@ -26,7 +26,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import exp_of
+from liger_fn.functional.core.kernels import columns_of, exp_of
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -39,7 +39,6 @@ from liger_fn.functional.core.launch import (
 )
 from liger_fn.functional.loss.cross_entropy import (
     check_target,
-    columns_of,
     scaled_and_capped,
     times_slope,
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import exp_of
+from liger_fn.functional.core.kernels import columns_of, exp_of
 from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,
@@ -32,7 +32,7 @@ from liger_fn.functional.core.launch import (
     unit_stride,
 )
 from liger_fn.functional.loss import divergence
-from liger_fn.functional.loss.cross_entropy import REDUCTIONS, columns_of
+from liger_fn.functional.loss.cross_entropy import REDUCTIONS
 
 
 def reference(

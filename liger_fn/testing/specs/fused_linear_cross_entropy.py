@@ -127,7 +127,7 @@ def statistics_of_tiles() -> list[Compilation]:
     rows |= {f"{n}_ptr": "*fp32" for n in ("z_t", "top", "total")}
     more = {"moment_ptr": "*fp32", "best_ptr": "*i32"}
     signature = tiles("bf16", x="MK", weight="NK") | rows
-    options = {"LOWEST": -2e38, "DTYPE": tl.bfloat16, "SCALE": 1.0}
+    options = {"LOWEST": torch.finfo(torch.float32).min, "DTYPE": tl.bfloat16, "SCALE": 1.0}
     options["ROUND_TWO"] = statistics._ROUND_TWO[tl.bfloat16]
     kernel = statistics._statistics_kernel
     nothing = dict.fromkeys(("moment_ptr", "best_ptr", "bias_ptr", "CAP"))
@@ -149,7 +149,7 @@ def orders_of_rows() -> list[Compilation]:
     numbers = ("z_t", "top", "total", "moment", "logp", "lse", "entropy", "highest", "log_sum")
     known = {f"{n}_ptr": "*fp32" for n in (*numbers, "top1")} | {"best_ptr": "*i32"}
     nothing = dict.fromkeys(("moment_ptr", "best_ptr", "entropy_ptr", "top1_ptr"))
-    together = {"LOWEST": -3e38, "BLOCK_C": 64, "BLOCK_N": 32}
+    together = {"LOWEST": torch.finfo(torch.float32).min, "BLOCK_C": 64, "BLOCK_N": 32}
 
     def of_rows(id: str, kernel, pointers: dict, num_warps: int = 4, **constants) -> Compilation:
         given = where | sizes | pointers

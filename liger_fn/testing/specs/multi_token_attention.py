@@ -123,11 +123,11 @@ def kernels() -> list[Compilation]:
     ]
     lowest = torch.finfo(torch.float32).min
     for T in (2048, 65536):
-        config = softmax._softmax_fwd_config(T, narrow=False)
+        config = softmax._softmax_fwd_config(T, holds=False)
         tile = "BLOCK_N" in config
         kernel = softmax._softmax_fwd_kernel if tile else softmax._softmax_fwd_wide_kernel
         out.append(compilation(f"softmax-fwd-{T}", kernel, config, LOWEST=lowest, CAUSAL=True))
-        config = softmax._softmax_bwd_config(T, narrow=False)
+        config = softmax._softmax_bwd_config(T, holds=False)
         kernel = softmax._softmax_bwd_kernel if tile else softmax._softmax_bwd_wide_kernel
         out.append(compilation(f"softmax-bwd-{T}", kernel, config, CAUSAL=True))
 

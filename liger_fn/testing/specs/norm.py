@@ -133,6 +133,7 @@ def compilations(
     absent += [] if shifted else ["bias_ptr", "dbias_part_ptr", "more_part_ptr", "more_out_ptr"]
     absent += [] if sampled else ["T"]
     compute = {"COMPUTE": tl.float32}
+    # A norm that may have an offset has one here: it takes more registers than none.
     scaled = {"OFFSET": None if centred and not sampled else 1.0, **compute}
 
     def kernels():
