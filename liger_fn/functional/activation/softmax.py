@@ -27,7 +27,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
-from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks
+from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks, with_block
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -122,18 +122,6 @@ def _softmax_fwd_kernel(
 
 
 @triton.jit
-def _with_block(tops, sums, z):
-    """Take a block into the maxima and sums of eight neighbours, relative to the maximum.
-
-    That is one exponential an element and few instructions more, and no thread waits for another
-    before the end of the row.
-    """
-    higher = tl.maximum(tops, tl.max(z, axis=1))
-    sums = sums * exp_of(tops - higher) + tl.sum(exp_of(z - higher[:, None]), axis=1)
-    return higher, sums
-
-
-@triton.jit
 def _anew(x, zero):
     """The same numbers, which the compiler takes for others: converted where it first saw them to
     float32, it would keep these, in twice the registers.
@@ -168,13 +156,13 @@ def _softmax_fwd_wide_kernel(
             x_ptr, mask_ptr, col, mask_stride_d, col < width,
             SCALE, HAS_MASK, COMPUTE, "evict_last",
         )  # fmt: skip
-        tops, sums = _with_block(tops, sums, z)
+        tops, sums = with_block(tops, sums, z)
     held = no_blocks()
     for i in tl.static_range(HELD):
         col = last - (HELD - 1 - i) * BLOCK_D + block
         x = tl.load(x_ptr + col, mask=col < width, other=float("-inf"))
         z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
-        tops, sums = _with_block(tops, sums, z)
+        tops, sums = with_block(tops, sums, z)
         held += (x,)
 
     top = tl.max(tops, axis=0)

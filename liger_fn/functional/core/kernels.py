@@ -27,3 +27,15 @@ def columns_of(BLOCK: tl.constexpr):
     """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
     NEAR: tl.constexpr = 8 if BLOCK >= 8 else BLOCK
     return tl.arange(0, BLOCK // NEAR)[:, None] * NEAR + tl.arange(0, NEAR)[None, :]
+
+
+@triton.jit
+def with_block(tops, sums, z):
+    """Take a block into the maxima of neighbours and their sums of exponentials, relative to these.
+
+    That is one exponential an element and few instructions more, and no thread waits for another
+    before the end of the row.
+    """
+    higher = tl.maximum(tops, tl.max(z, axis=1))
+    sums = sums * exp_of(tops - higher) + tl.sum(exp_of(z - higher[:, None]), axis=1)
+    return higher, sums

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import columns_of, exp_of
+from liger_fn.functional.core.kernels import columns_of, exp_of, with_block
 from liger_fn.functional.core.launch import (
     accumulator,
     has_work,
@@ -130,14 +130,6 @@ def reference_of_sum(row_weight: Tensor | None, **arguments: Any) -> Tensor:
 
 
 @triton.jit
-def _wider(top, sums, z):
-    """Add z to a maximum and a sum of exponentials relative to it, in every lane of 8."""
-    highest = tl.maximum(top, tl.max(z, axis=1))
-    sums = sums * exp_of(top - highest) + tl.sum(exp_of(z - highest[:, None]), axis=1)
-    return highest, sums
-
-
-@triton.jit
 def _of_lanes(top, sums, live):
     """The maximum of a row, and the logarithm of its sum of exponentials relative to that."""
     highest = tl.where(live, tl.max(top, axis=0), 0.0)
@@ -213,10 +205,10 @@ def _fused_linear_divergence_kernel(
             zy += tl.sum(z * y, axis=1)
         z = tl.where(col < V, z, float("-inf"))
         y = tl.where(col < V, y, float("-inf"))
-        top_q, sums_q = _wider(top_q, sums_q, z * SCALE)
-        top_p, sums_p = _wider(top_p, sums_p, y * SCALE)
+        top_q, sums_q = with_block(top_q, sums_q, z * SCALE)
+        top_p, sums_p = with_block(top_p, sums_p, y * SCALE)
         if HARD != 0.0 and SCALE != 1.0:
-            top_z, sums_z = _wider(top_z, sums_z, z)
+            top_z, sums_z = with_block(top_z, sums_z, z)
     highest_q, log_sum_q = _of_lanes(top_q, sums_q, live)
     highest_p, log_sum_p = _of_lanes(top_p, sums_p, live)
     highest_z, log_sum_z = highest_q, log_sum_q
