@@ -618,8 +618,8 @@ def cross_entropy(
     loss = _cross_entropy(
         logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
     )
-    # DTensor knows how to add up rows that are spread over devices.
-    if reduction != "mean" or type(loss) is not Tensor:
+    # DTensor, which alone has placements, knows how to add up rows that are spread over devices.
+    if reduction != "mean" or hasattr(loss, "placements"):
         return reduced(loss, target, class_weight, ignore_index, reduction)
     if loss.dim() != 1:
         loss, target = loss.reshape(-1), target.reshape(-1)
