@@ -142,13 +142,13 @@ def _statistics_kernel(
                 # Where e is 0, the power may be −∞.
                 moments += e * tl.maximum(power, -1e4)
         left_over = tl.fma(-top, rate, highest)
-        right = tl.exp2(left_over)
+        correction = tl.exp2(left_over)
         total = tl.sum(totals, axis=1)
         out = column.to(tl.int64) * N + at
         tl.store(top_ptr + out, top, mask=live)
-        tl.store(total_ptr + out, total * right, mask=live)
+        tl.store(total_ptr + out, total * correction, mask=live)
         if moment_ptr is not None:
-            moment = (tl.sum(moments, axis=1) + left_over * total) * right / rate
+            moment = (tl.sum(moments, axis=1) + left_over * total) * correction / rate
             tl.store(moment_ptr + out, moment, mask=live)
         if best_ptr is not None:
             best = tl.zeros((BLOCK_M,), tl.int32)
