@@ -1,6 +1,7 @@
 """Plots from committed CSV files: what a plot shows can be read, and measured again."""
 
 import importlib.util
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path | No
     value = {
         (r.shape, r.provider): getattr(r, quantity)
         for r in rows
-        if getattr(r, quantity) is not None and not r.provider.startswith("liger_fn-")
+        if getattr(r, quantity) is not None and (r.provider == "liger_fn" or not _is_ours(r))
     }
     if not value:
         return None
@@ -145,8 +146,8 @@ def bars(
 
     shapes = list(dict.fromkeys(shape for shape, _ in value))
     providers = list(dict.fromkeys(provider for _, provider in value))
-    lines = -(-len(shapes) // _SHAPES_A_LINE)
-    longest = -(-len(shapes) // lines)
+    lines = math.ceil(len(shapes) / _SHAPES_A_LINE)
+    longest = math.ceil(len(shapes) / lines)
     figure, panels = pyplot.subplots(
         lines, 1, squeeze=False, sharey=True, layout="constrained",
         figsize=(max(6.0, 1.2 + 1.9 * longest), 1.0 + 2.6 * lines),

@@ -270,6 +270,13 @@ def test_a_triton_that_launches_in_another_way_is_unknown(monkeypatch):
     assert direct._known_run() is None
 
 
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_amd_is_told_no_limit_of_registers(monkeypatch, hip):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    constants = Bound(Kernel(), BLOCK=8, maxnreg=40).constants
+    assert constants == {"BLOCK": 8} | ({} if hip else {"maxnreg": 40})
+
+
 def test_the_interpreter_is_unknown(monkeypatch):
     monkeypatch.setattr(direct, "interpreted", lambda: True)
     assert direct._known_run() is None

@@ -12,19 +12,27 @@ from liger_fn.functional.activation import softmax as room
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(params=["one tile", "along the row", "along the row, some of it held"])
-def pass_over_the_row(request, monkeypatch):
-    """Both kernels of a pass give what softmax says, whatever the width."""
+@pytest.fixture
+def configured(monkeypatch):
+    """Let both passes launch by another configuration."""
     kept = room._softmax_fwd_with, room._softmax_bwd_with
-    if request.param != "one tile":
-        config = {"BLOCK_D": 2, "HELD": 1 if "held" in request.param else 0, "num_warps": 1}
+
+    def configure(**config):
         for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
             monkeypatch.setattr(room, name, lambda *_: config)
+        for kernels in kept:
+            kernels.cache_clear()
+
+    yield configure
     for kernels in kept:
         kernels.cache_clear()
-    yield
-    for kernels in kept:
-        kernels.cache_clear()
+
+
+@pytest.fixture(params=["one tile", "along the row", "along the row, some of it held"])
+def pass_over_the_row(request, configured):
+    """Both kernels of a pass give what softmax says, whatever the width."""
+    if request.param != "one tile":
+        configured(BLOCK_D=2, HELD=1 if "held" in request.param else 0, num_warps=1)
 
 
 def rows(device, *rows):
@@ -120,16 +128,11 @@ def test_the_module_is_torchs(dim, device):
     torch.testing.assert_close(nn.Softmax(dim)(x, mask), want.movedim(-1, dim))
 
 
-def test_no_more_blocks_are_held_than_a_row_has(device, monkeypatch):
+def test_no_more_blocks_are_held_than_a_row_has(device, configured):
     """As a sweep might have it."""
-    kept = room._softmax_fwd_with, room._softmax_bwd_with
-    for name in ("_softmax_fwd_config", "_softmax_bwd_config"):
-        config = {"BLOCK_D": 4, "HELD": 3, "num_warps": 1}
-        monkeypatch.setattr(room, name, lambda *_, config=config: config)
-    for kernels in kept:
-        kernels.cache_clear()
+    configured(BLOCK_D=4, HELD=3, num_warps=1)
     x = rows(device, [1.0, 2.0, 3.0, 4.0, 5.0])
-    y = softmax(x)
-    for kernels in kept:
-        kernels.cache_clear()
-    torch.testing.assert_close(y, torch.softmax(x, -1))
+    y, want = softmax(x), torch.softmax(x, -1)
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, want)))

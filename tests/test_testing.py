@@ -213,6 +213,16 @@ def test_every_kernel_compiles_for_every_chip():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_a_kernel_compiles_within_its_limit_of_registers():
+    """Without one that of a wide softmax takes more than fifty."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "liger_fn.testing.compilation", "softmax", "--chips", "90"]
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    printed = subprocess.run(command, **run, check=True, timeout=300).stdout
+    (line,) = (line.split() for line in printed.splitlines() if " fwd-32768 " in line)
+    assert int(line[3]) <= 40, line
+
+
 def test_compilation_refuses_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "liger_fn.testing.compilation"],

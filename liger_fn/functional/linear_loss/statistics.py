@@ -12,7 +12,6 @@ the same numbers come out, and the ratio of two policies that are one is 1.
 import torch
 from torch import Tensor
 
-from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.direct import by_triton, launch
 from liger_fn.functional.core.kernels import exp_of, no_blocks
 from liger_fn.functional.core.launch import (
@@ -20,7 +19,6 @@ from liger_fn.functional.core.launch import (
     sm_count,
     tl,
     triton,
-    triton_dtype,
     unit_stride,
 )
 from liger_fn.functional.linear_loss.products import (
@@ -41,31 +39,30 @@ _ROWS = 16384
 
 # Triton's own conversions there and back are taken one by one, in the unit that makes exponentials,
 # and take as long as these.
-_ROUND_TWO = {
-    tl.bfloat16: """{
-        .reg .b32 pair;
-        cvt.rn.bf16x2.f32 pair, $3, $2;
-        shl.b32 $0, pair, 16;
-        and.b32 $1, pair, 0xffff0000;
-    }""",
-    tl.float16: """{
-        .reg .b32 pair;
-        .reg .b16 left, right;
-        cvt.rn.f16x2.f32 pair, $3, $2;
-        mov.b32 {left, right}, pair;
-        cvt.f32.f16 $0, left;
-        cvt.f32.f16 $1, right;
-    }""",
-}
+_ROUND_TWO_BF16 = tl.constexpr("""{
+    .reg .b32 pair;
+    cvt.rn.bf16x2.f32 pair, $3, $2;
+    shl.b32 $0, pair, 16;
+    and.b32 $1, pair, 0xffff0000;
+}""")
+_ROUND_TWO_FP16 = tl.constexpr("""{
+    .reg .b32 pair;
+    .reg .b16 left, right;
+    cvt.rn.f16x2.f32 pair, $3, $2;
+    mov.b32 {left, right}, pair;
+    cvt.f32.f16 $0, left;
+    cvt.f32.f16 $1, right;
+}""")
 
 
 @triton.jit
-def _rounded(z, DTYPE: tl.constexpr, ROUND_TWO: tl.constexpr):
-    """Round to DTYPE, and stay in float32."""
-    if ROUND_TWO is None:
+def _rounded(z, DTYPE: tl.constexpr, OF_PRODUCTS: tl.constexpr):
+    """Round to DTYPE, and stay in float32; products are in float32 where it is interpreted."""
+    if OF_PRODUCTS.is_fp32():
         z = z.to(DTYPE).to(tl.float32)
     else:
-        z = tl.inline_asm_elementwise(ROUND_TWO, "=f,=f,f,f", [z], tl.float32, True, 2)
+        TWO: tl.constexpr = _ROUND_TWO_BF16 if DTYPE.is_bf16() else _ROUND_TWO_FP16
+        z = tl.inline_asm_elementwise(TWO, "=f,=f,f,f", [z], tl.float32, True, 2)
     return z
 
 
@@ -91,7 +88,7 @@ def _statistics_kernel(
     x_desc, weight_desc, bias_ptr, y_ptr, count_ptr, held_ptr,
     z_t_ptr, top_ptr, total_ptr, moment_ptr, best_ptr, first, N, V, H,
     CAP: tl.constexpr, SCALE: tl.constexpr, LOWEST: tl.constexpr,
-    DTYPE: tl.constexpr, ROUND_TWO: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     counted = rows_of_chunk(count_ptr, first, N)
@@ -113,7 +110,7 @@ def _statistics_kernel(
             col = start + tl.arange(0, WIDTH)
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
-            z = scaled_and_capped(_rounded(z, x_desc.dtype, ROUND_TWO), SCALE, CAP)
+            z = scaled_and_capped(_rounded(z, x_desc.dtype, DTYPE), SCALE, CAP)
             if start + WIDTH > V:
                 z = tl.where((col < V)[None, :], z, float("-inf"))
             # Few quarters have the target of any of their rows.
@@ -251,15 +248,10 @@ def statistics(
             _statistics_kernel, (min(programs, cdiv(size, m) * columns),),
             descriptor(x, m, k), descriptor(weight, n, k), unit_stride(bias), y, head.count, held,
             *each, first, size, V, H, softcap, logit_scale, lowest,
-            dtype_of_products(x), rounding(x), programs, **config,
+            dtype_of_products(x), programs, **config,
         )  # fmt: skip
         launch(
             _combine_kernel, (cdiv(size, 32),),
             y, head.places, head.count, *each, *rows, first, size, V, columns,
             LOWEST=lowest, BLOCK_C=64, BLOCK_N=32, num_warps=4,
         )  # fmt: skip
-
-
-def rounding(x: Tensor) -> str | None:
-    """How a chip rounds two numbers to the dtype of x; the interpreter does it by itself."""
-    return None if interpreting() else _ROUND_TWO[triton_dtype(x.dtype)]

@@ -140,36 +140,33 @@ EVERY_OPTION = {
 
 def mean_of_rows(N: int, weighted: bool) -> Compilation:
     kernel, config = room._mean_kernel, room._mean_config(N)
+    warps = config.pop("num_warps")
     sizes = ("loss_stride_b", "target_stride_b", "N", "V", "ignore_index")
     types = {"target_ptr": "*i64"} | dict.fromkeys(sizes, "i32")
-    constants: dict = {"BLOCK_N": config["BLOCK_N"]} | (
-        {} if weighted else {"class_weight_ptr": None}
-    )
+    constants = config if weighted else config | {"class_weight_ptr": None}
     signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
-    id = f"mean-{N}{'-weighted' * weighted}"
-    return Compilation(id, kernel, signature, constants, config["num_warps"])
+    return Compilation(f"mean-{N}{'-weighted' * weighted}", kernel, signature, constants, warps)
 
 
 def kernels() -> list[Compilation]:
     passes = {"fwd": (True, False), "bwd": (False, True), "both": (True, True)}
-    return (
-        [
-            compilation(f"{name}-{V}", V, *which)
-            for name, which in passes.items()
-            for V in (1000, 32000, 128256)
-        ]
-        + [
-            compilation(f"{name}-{label}", 128256, *which, **options)
-            for name, which in passes.items()
-            for label, options in {
-                "softcap": {"CAP": 30.0},
-                "every-option": EVERY_OPTION,
-                "float32": {"dtype": "*fp32"},
-                "float64": {"dtype": "*fp64"},
-            }.items()
-        ]
-        + [mean_of_rows(N, weighted) for N in (100, 8192) for weighted in (False, True)]
-    )
+    plain = [
+        compilation(f"{name}-{V}", V, *which)
+        for name, which in passes.items()
+        for V in (1000, 32000, 128256)
+    ]
+    special = [
+        compilation(f"{name}-{label}", 128256, *which, **options)
+        for name, which in passes.items()
+        for label, options in {
+            "softcap": {"CAP": 30.0},
+            "every-option": EVERY_OPTION,
+            "float32": {"dtype": "*fp32"},
+            "float64": {"dtype": "*fp64"},
+        }.items()
+    ]
+    means = [mean_of_rows(N, weighted) for N in (100, 8192) for weighted in (False, True)]
+    return plain + special + means
 
 
 def huge() -> Case:

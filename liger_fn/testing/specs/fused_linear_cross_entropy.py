@@ -128,7 +128,6 @@ def statistics_of_tiles() -> list[Compilation]:
     more = {"moment_ptr": "*fp32", "best_ptr": "*i32"}
     signature = tiles("bf16", x="MK", weight="NK") | rows
     options = {"LOWEST": torch.finfo(torch.float32).min, "DTYPE": tl.bfloat16, "SCALE": 1.0}
-    options["ROUND_TWO"] = statistics._ROUND_TWO[tl.bfloat16]
     kernel = statistics._statistics_kernel
     nothing = dict.fromkeys(("moment_ptr", "best_ptr", "bias_ptr", "CAP"))
     return [

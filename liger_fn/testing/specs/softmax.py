@@ -70,13 +70,14 @@ def kernels() -> list[Compilation]:
         id = f"{D}-masked" if masked else str(D)
         flags = {"HAS_MASK": masked}
         out.append(compilation(f"fwd-{id}", tile, config, LOWEST=lowest, **flags))
-        for hopper in (False, True) if id == "65536" else (True,):
-            config = room._softmax_bwd_config(D, not masked, hopper)
-            wide = "BLOCK_N" not in config
-            kernel = room._softmax_bwd_wide_kernel if wide else room._softmax_bwd_kernel
-            entry = compilation(f"bwd-{id}{'' if hopper else '-ampere'}", kernel, config, **flags)
-            chips = () if id != "65536" else (90, 100) if hopper else (80,)
-            out.append(replace(entry, chips=chips))
+        config = room._softmax_bwd_config(D, not masked)
+        tile = room._softmax_bwd_kernel if "BLOCK_N" in config else room._softmax_bwd_wide_kernel
+        out.append(compilation(f"bwd-{id}", tile, config, **flags))
+    # What is held depends on the chip.
+    kernel, config = room._softmax_bwd_wide_kernel, room._softmax_bwd_config(65536, True, False)
+    ampere = compilation("bwd-65536-ampere", kernel, config)
+    out = [replace(k, chips=(90, 100)) if k.id == "bwd-65536" else k for k in out]
+    out.append(replace(ampere, chips=(80,)))
     return out
 
 
