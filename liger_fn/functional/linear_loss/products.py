@@ -129,9 +129,12 @@ def halves(t):
 
 @triton.jit
 def _write(desc, m, n, t, ADD: tl.constexpr):
-    if ADD:
-        t += desc.load([m, n]).to(tl.float32)
-    desc.store([m, n], t.to(desc.dtype))
+    if ADD == "there":
+        desc.atomic_add([m, n], t)
+    else:
+        if ADD == "here":
+            t += desc.load([m, n]).to(tl.float32)
+        desc.store([m, n], t.to(desc.dtype))
 
 
 @triton.jit
@@ -226,9 +229,9 @@ def _dx_kernel(
             w = weight_desc.load([v, column * BLOCK_N]).to(DTYPE)
             dx = tl.dot(g, w, dx)
         if divided:
-            _write_tile(parts_desc, (i - whole) * BLOCK_M, 0, dx, False, 4)
+            _write_tile(parts_desc, (i - whole) * BLOCK_M, 0, dx, None, 4)
         else:
-            _write_tile(dx_desc, row * BLOCK_M, column * BLOCK_N, dx, False, PIECES)
+            _write_tile(dx_desc, row * BLOCK_M, column * BLOCK_N, dx, None, PIECES)
 
 
 @triton.jit(do_not_specialize=["first", "N"])
@@ -275,7 +278,7 @@ def _dweight_kernel(
     tiles = rows * columns
     if count_ptr is not None:
         N = rows_of_chunk(count_ptr, first, N)
-        if ADD:
+        if ADD is not None:
             tiles = tl.where(N > 0, tiles, 0)
     for i in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         row, column = tile_of(i, rows, columns, GROUP)
@@ -308,6 +311,16 @@ def dtype_of_products(x: Tensor):
 def _pieces(out: Tensor) -> int:
     """How many pieces a tile is written in, of 32 KiB each."""
     return out.itemsize
+
+
+def _where_to_add(out: Tensor) -> str:
+    """Where a tile is added to what `out` holds.
+
+    The cache adds float32, and nobody waits for what was there: every element has one writer, so
+    the bits are those of a sum made here. Of 16 bits it would round the tile first. The interpreter
+    has no such sums.
+    """
+    return "there" if out.dtype is torch.float32 and not interpreting() else "here"
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -489,5 +502,5 @@ def _product_of_tiles(
         _dweight_kernel, (min(programs, cdiv(V, m) * cdiv(H, n)),),
         descriptor(g, k, m), descriptor(x, k, n), descriptor(dweight, m, n // pieces),
         count, first, N, V, H, dtype_of_products(g), programs,
-        ADD=add, PIECES=pieces, **config,
+        ADD=_where_to_add(dweight) if add else None, PIECES=pieces, **config,
     )  # fmt: skip

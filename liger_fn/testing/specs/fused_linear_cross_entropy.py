@@ -110,13 +110,13 @@ def products_of_tiles() -> list[Compilation]:
             dx |= tiles("fp32", 4, parts="MN")
             dweight = tiles(name, g="KM", x="KN") | tiles(out, pieces, dweight="MN")
             options = {"DTYPE": dtype, "PIECES": pieces}
+            adds = "there" if out == "fp32" else "here"
             kernels += [
                 of_tiles(f"dx-{name}-{out}", products._dx_kernel, dx, **options),
                 *(
-                    of_tiles(f"dweight-{name}-{out}{'-add' * add}", products._dweight_kernel,
-                             dweight, (90, 100) if add and out == name else (90,), ADD=add,
-                             **options)
-                    for add in (False, True)
+                    of_tiles(f"dweight-{name}-{out}{'-add' * bool(add)}", products._dweight_kernel,
+                             dweight, (90, 100) if add == "here" else (90,), ADD=add, **options)
+                    for add in (None, adds)
                 ),
             ]  # fmt: skip
     return kernels + statistics_of_tiles()
