@@ -1,0 +1,149 @@
+"""Every op under NVIDIA's compute-sanitizer: accesses out of bounds, and races in shared memory.
+
+`python -m liger_fn.testing.sanitize` runs each op forward and backward, in all its cases and ragged
+sizes and in float32, bfloat16 and float16, under memcheck and racecheck, and prints a table. Memory
+that PyTorch would keep is given back, so that a step past the end of a tensor is one out of bounds.
+What a tool says of an op that it does not pass is written to a file. One process an op and a tool;
+several at once. Needs a GPU, and compute-sanitizer, which comes with CUDA's toolkit.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TOOLS = ("memcheck", "racecheck")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FOUND = 86
+_TOOLKIT = "/usr/local/cuda/bin"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a tool says of an op: nothing where it passes."""
+
+    op: str
+    tool: str
+    seconds: float
+    fault: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the ops, print the table, and return 1 if a tool found something or could not run."""
+    options = _parser().parse_args(arguments)
+    if options.here:
+        run_here(options.ops)
+        return 0
+
+    from liger_fn.testing.specs import specs
+
+    known = [spec.name for spec in specs()]
+    for op in options.ops:
+        if op not in known:
+            return _refuse(f"{op!r} must be one of {', '.join(known)}")
+    if not torch.cuda.is_available():
+        return _refuse("needs a GPU, and PyTorch sees none")
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_TOOLKIT)
+    if program is None:
+        return _refuse("needs compute-sanitizer, of CUDA's toolkit, on the path")
+
+    ops, out = options.ops or known, Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    verdicts = list(_all(program, ops, options.tool or TOOLS, options.jobs, out))
+    print(table(verdicts, ops))
+    wrong = sum(bool(v.fault) for v in verdicts)
+    print(f"{len(verdicts) - wrong} of {len(verdicts)} runs are clean; the reports are in {out}/")
+    return int(wrong > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m liger_fn.testing.sanitize", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="default: every op")
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="default: both")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), metavar="N")
+    parser.add_argument("--out", default="sanitize", metavar="DIR", help="where reports go")
+    parser.add_argument("--here", action="store_true", help="run the ops in this very process")
+    return parser
+
+
+def _refuse(reason: str) -> int:
+    print(f"sanitize: {reason}", file=sys.stderr)
+    return 2
+
+
+def run_here(ops: Sequence[str]) -> None:
+    """Run ops forward and backward; whoever wants to know watches from outside."""
+    from liger_fn.testing.call import Call, gradients
+    from liger_fn.testing.specs import specs
+
+    for spec in specs():
+        if spec.name in ops:
+            for case in spec.cases + spec.sizes:
+                for dtype in DTYPES:
+                    call = Call(spec, case, torch.device("cuda"), dtype)
+                    gradients(call.op(), call.tensors(requires_grad=True))
+                    with torch.no_grad():
+                        call.op()(*call.tensors())
+    torch.cuda.synchronize()
+
+
+def _all(
+    program: str, ops: Sequence[str], tools: Sequence[str], jobs: int, out: Path
+) -> Iterator[Verdict]:
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(_under, program, tool, op, out) for op in ops for tool in tools]
+        with tqdm(as_completed(runs), total=len(runs), unit="run", leave=False) as bar:
+            for run in bar:
+                yield run.result()
+
+
+def _under(program: str, tool: str, op: str, out: Path) -> Verdict:
+    """Run an op in a process of its own under a tool."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", str(_FOUND),
+         "--target-processes", "application-only",
+         sys.executable, "-m", "liger_fn.testing.sanitize", "--here", op],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    fault = fault_of(done.returncode, done.stdout)
+    if fault:
+        (out / f"{op}-{tool}.txt").write_text(done.stdout)
+    return Verdict(op, tool, seconds, fault)
+
+
+def fault_of(code: int, printed: str) -> str:
+    """Give what a run has against an op, in a word or two, or nothing."""
+    if code == _FOUND:
+        return "FOUND"
+    # Without its last line a tool has not watched to the end, whatever the program returned.
+    if code != 0 or "SUMMARY: 0" not in printed:
+        return f"failed ({code})"
+    return ""
+
+
+def table(verdicts: Sequence[Verdict], ops: Sequence[str]) -> str:
+    """Ops down, tools across, with the seconds that each took."""
+    tools = [tool for tool in TOOLS if any(v.tool == tool for v in verdicts)]
+    lines = [f"{'op':32}" + "".join(f"{tool:>24}" for tool in tools)]
+    for op in ops:
+        of_op = {v.tool: v for v in verdicts if v.op == op}
+        cells = [f"{of_op[t].fault or 'clean'} {of_op[t].seconds:5.0f} s" for t in tools]
+        lines.append(f"{op:32}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
