@@ -23,6 +23,16 @@ def no_blocks():
 
 
 @triton.jit
+def anew(x, zero):
+    """The same numbers, which the compiler takes for others: converted where it first saw them to
+    float32, it would keep these, in twice the registers.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        x = (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True)
+    return x
+
+
+@triton.jit
 def columns_of(BLOCK: tl.constexpr):
     """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
     NEAR: tl.constexpr = 8 if BLOCK >= 8 else BLOCK
@@ -39,3 +49,18 @@ def with_block(tops, sums, z):
     higher = tl.maximum(tops, tl.max(z, axis=1))
     sums = sums * exp_of(tops - higher) + tl.sum(exp_of(z - higher[:, None]), axis=1)
     return higher, sums
+
+
+@triton.jit
+def times(a, b):
+    """Multiply, for a sum along the last dimension of which all lanes get the same bits.
+
+    Where a lane has one product, the compiler would fuse it with the sum of two lanes: each rounds
+    the other's alone. Of sums that differ so, shared memory keeps whichever the hardware likes.
+    """
+    LANES: tl.constexpr = 32
+    if a.shape[len(a.shape) - 1] <= LANES:
+        product = tl.fma(a, b, tl.zeros_like(a))
+    else:
+        product = a * b
+    return product

@@ -139,19 +139,14 @@ def _write(desc, m, n, t, ADD: tl.constexpr):
 
 @triton.jit
 def _write_tile(desc, m, n, t, ADD: tl.constexpr, PIECES: tl.constexpr):
-    """Write a tile, or add it, in two pieces or four: there is no memory for more at once."""
-    WIDTH: tl.constexpr = t.shape[1] // PIECES
-    left, right = halves(t)
-    if PIECES == 2:
-        _write(desc, m, n, left, ADD)
-        _write(desc, m, n + WIDTH, right, ADD)
+    """Write a tile, or add it, in one piece, two or four: as there is memory for at once."""
+    if PIECES == 1:
+        _write(desc, m, n, t, ADD)
     else:
-        first, second = halves(left)
-        third, fourth = halves(right)
-        _write(desc, m, n, first, ADD)
-        _write(desc, m, n + WIDTH, second, ADD)
-        _write(desc, m, n + 2 * WIDTH, third, ADD)
-        _write(desc, m, n + 3 * WIDTH, fourth, ADD)
+        WIDTH: tl.constexpr = t.shape[1] // 2
+        left, right = halves(t)
+        _write_tile(desc, m, n, left, ADD, PIECES // 2)
+        _write_tile(desc, m, n + WIDTH, right, ADD, PIECES // 2)
 
 
 @triton.jit
@@ -308,9 +303,9 @@ def dtype_of_products(x: Tensor):
     return triton_dtype(torch.float32 if interpreting() else x.dtype)
 
 
-def _pieces(out: Tensor) -> int:
-    """How many pieces a tile is written in, of 32 KiB each."""
-    return out.itemsize
+def _pieces(out: Tensor, buffers: int) -> int:
+    """How many pieces a tile is written in: beside three steps there is room for 64 KiB."""
+    return out.itemsize * buffers // 2
 
 
 def _where_to_add(out: Tensor) -> str:
@@ -473,7 +468,8 @@ class Counted(AllRows):
         # These rows of x are of no use any more.
         in_order = self.x[rows] if dx.dtype is self.x.dtype else dx.new_empty((N, H))
         parts = dx.new_empty((programs * m, n), dtype=torch.float32)
-        pieces = _pieces(dx)
+        # Parts have a buffer of their own.
+        pieces = _pieces(dx, buffers=2)
         by_triton(
             _dx_kernel, (programs,),
             descriptor(g, m, k), descriptor(weight, k, n), descriptor(in_order, m, n // pieces),
@@ -497,10 +493,11 @@ def _product_of_tiles(
     config, programs = tiles_config(), sm_count(g.device)
     m, n, k = (config[f"BLOCK_{a}"] for a in "MNK")
     (N, V), H = g.shape, x.shape[1]
-    pieces = _pieces(dweight)
+    adds = _where_to_add(dweight) if add else None
+    pieces = _pieces(dweight, buffers=2 if adds == "here" else 1)
     by_triton(
         _dweight_kernel, (min(programs, cdiv(V, m) * cdiv(H, n)),),
         descriptor(g, k, m), descriptor(x, k, n), descriptor(dweight, m, n // pieces),
         count, first, N, V, H, dtype_of_products(g), programs,
-        ADD=_where_to_add(dweight) if add else None, PIECES=pieces, **config,
+        ADD=adds, PIECES=pieces, **config,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import no_blocks
+from liger_fn.functional.core.kernels import no_blocks, times
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -66,7 +66,7 @@ def _powers(x, PIECES: tl.constexpr):
 @triton.jit
 def _products(a, b, PIECES: tl.constexpr):
     """Give a · b, added up over the blocks, and over neighbours that one thread holds."""
-    products = a[0] * b[0]
+    products = times(a[0], b[0])
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
     BLOCK_N: tl.constexpr = products.shape[0]

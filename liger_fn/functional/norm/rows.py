@@ -28,7 +28,7 @@ from torch import Tensor
 
 from liger_fn.functional.core import check
 from liger_fn.functional.core.direct import MOST, Bound, launch
-from liger_fn.functional.core.kernels import no_blocks
+from liger_fn.functional.core.kernels import no_blocks, times
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -96,7 +96,7 @@ def _of_sample(ptr, sample, D):
 @triton.jit
 def row_dots(a, b, PIECES: tl.constexpr):
     """Give Σ a · b of each row."""
-    products = a[0] * b[0]
+    products = times(a[0], b[0])
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
     return tl.sum(products, axis=1)
@@ -114,7 +114,7 @@ def row_sums(a, PIECES: tl.constexpr):
 @triton.jit
 def row_dots_and_sums(a, b, PIECES: tl.constexpr):
     """Give Σ a · b and Σ a of each row, in one reduction: two would wait at twice the barriers."""
-    products, total = a[0] * b[0], a[0]
+    products, total = times(a[0], b[0]), a[0]
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
         total += a[i]

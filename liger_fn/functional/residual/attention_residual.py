@@ -25,6 +25,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
+from liger_fn.functional.core.kernels import times
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -117,8 +118,8 @@ def _attention_residual_fwd_kernel(
         v = _load_token(
             values_ptr, row, values_stride_n, values_stride_l, inside, depth, D, BLOCK_D
         ).to(COMPUTE)
-        rstd = 1.0 / tl.sqrt(tl.sum(v * v, axis=2) * of_one + EPS)
-        score = tl.sum(v * query, axis=2) * rstd
+        rstd = 1.0 / tl.sqrt(tl.sum(times(v, v), axis=2) * of_one + EPS)
+        score = tl.sum(times(v, query), axis=2) * rstd
         alpha = _softmax(score, in_l, 1)
         at = row[:, None] * L + depth[None, :]
         tl.store(score_ptr + at, score, mask=inside)

@@ -84,7 +84,8 @@ def compilation(
 ) -> Compilation:
     wide = dtype == "*fp64"
     heavy = wide or "CAP" in options or "SMOOTHING" in options
-    config = room._cross_entropy_config(V, loss and dlogits, heavy)
+    holds = dtype == "*bf16" and not heavy
+    config = room._cross_entropy_config(V, loss and dlogits, heavy, holds)
     warps = config.pop("num_warps")
     acc = "*fp64" if wide else "*fp32"
     signature = {

@@ -108,17 +108,15 @@ def products_of_tiles() -> list[Compilation]:
             pieces = {name: 2, "fp32": 4}[out]
             dx = tiles(name, g="MK", weight="KN") | tiles(out, pieces, dx="MN")
             dx |= tiles("fp32", 4, parts="MN")
-            dweight = tiles(name, g="KM", x="KN") | tiles(out, pieces, dweight="MN")
             options = {"DTYPE": dtype, "PIECES": pieces}
-            adds = "there" if out == "fp32" else "here"
-            kernels += [
-                of_tiles(f"dx-{name}-{out}", products._dx_kernel, dx, **options),
-                *(
-                    of_tiles(f"dweight-{name}-{out}{'-add' * bool(add)}", products._dweight_kernel,
-                             dweight, (90, 100) if add == "here" else (90,), ADD=add, **options)
-                    for add in (None, adds)
-                ),
-            ]  # fmt: skip
+            kernels.append(of_tiles(f"dx-{name}-{out}", products._dx_kernel, dx, **options))
+            for add in (None, "there" if out == "fp32" else "here"):
+                pieces = 1 if out == name and add is None else 2
+                dweight = tiles(name, g="KM", x="KN") | tiles(out, pieces, dweight="MN")
+                options = {"DTYPE": dtype, "PIECES": pieces, "ADD": add}
+                id = f"dweight-{name}-{out}{'-add' if add else ''}"
+                chips = (90, 100) if add == "here" else (90,)
+                kernels.append(of_tiles(id, products._dweight_kernel, dweight, chips, **options))
     return kernels + statistics_of_tiles()
 
 
