@@ -26,12 +26,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound, launch
-from liger_fn.functional.core.kernels import (
-    anew,
-    columns_of,
-    no_blocks,
-    with_block,
-)
+from liger_fn.functional.core.kernels import columns_of
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -178,7 +173,7 @@ def _cross_entropy_kernel(
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_DLOSS: tl.constexpr,
     NEED_LOSS: tl.constexpr, NEED_DLOGITS: tl.constexpr, PADDED: tl.constexpr,
     UNIT: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += (row // T) * logits_stride_b + (row % T) * logits_stride_t
@@ -203,11 +198,7 @@ def _cross_entropy_kernel(
         top = tl.full((BLOCK_V // 8,), LOWEST, COMPUTE)
         sums = tl.zeros((BLOCK_V // 8,), COMPUTE)
         weighted = tl.zeros((BLOCK_V // 8,), COMPUTE)
-        # Where the blocks begin that registers hold.
-        kept = V
-        if HELD:
-            kept = ((width - 1) // BLOCK_V + 1 - HELD) * BLOCK_V
-        for start in range(0, tl.where(live, kept, 0), BLOCK_V):
+        for start in range(0, tl.where(live, V, 0), BLOCK_V):
             col = start + columns_of(BLOCK_V)
             x = tl.load(
                 logits_ptr + col, mask=col < width, other=float("-inf"),
@@ -225,16 +216,6 @@ def _cross_entropy_kernel(
                 if HAS_CLASS_WEIGHT:
                     z *= tl.load(class_weight_ptr + col, mask=col < V, other=0.0).to(COMPUTE)
                 weighted += tl.sum(z, axis=1)
-        held = no_blocks()
-        for i in tl.static_range(HELD):
-            of_block = kept + i * BLOCK_V + columns_of(BLOCK_V)
-            readable = of_block < tl.where(live, width, 0)
-            block = tl.load(logits_ptr + of_block, mask=readable, other=float("-inf"))
-            z_held = scaled_and_capped(block.to(COMPUTE), SCALE, CAP)
-            if PADDED or SCALE <= 0.0:
-                z_held = tl.where(of_block < V, z_held, float("-inf"))
-            top, sums = with_block(top, sums, z_held)
-            held += (block,)
 
         highest = tl.where(live, tl.max(top, axis=0), 0.0)
         total = tl.where(live, tl.sum(sums * tl.exp(top - highest), axis=0), 1.0)
@@ -263,19 +244,6 @@ def _cross_entropy_kernel(
         pull, hit, share = g * pull, g * hit, g * share
         first = tl.program_id(1) * slab
         last = tl.minimum(first + slab, width)
-        for i in tl.static_range(HELD):
-            of_block = kept + (HELD - 1 - i) * BLOCK_V + columns_of(BLOCK_V)
-            block = anew(held[HELD - 1 - i], (total < 0.0).to(tl.int16))
-            z_held = scaled_and_capped(block.to(COMPUTE), SCALE, CAP)
-            dz_held = pull * tl.exp(z_held - lse)
-            dz_held = tl.where(of_block == t, dz_held - hit, dz_held)
-            tl.store(
-                dlogits_ptr + row * dlogits_stride_n + of_block,
-                times_slope(dz_held, z_held, SCALE, CAP), mask=of_block < width,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-        if HELD:
-            last = kept
         readable = tl.where(live, last, 0)
         last_block = first + (last - first - 1) // BLOCK_G * BLOCK_G
         for step in range(0, last - first, BLOCK_G):
@@ -301,26 +269,19 @@ def _cross_entropy_kernel(
             )  # fmt: skip
 
 
-def _cross_entropy_config(V: int, reads_twice: bool, heavy: bool, holds: bool = False) -> dict:
+def _cross_entropy_config(V: int, reads_twice: bool, heavy: bool) -> dict:
     """The fastest of a sweep on an H100, over blocks of 1024 to 32768 and 2 to 32 warps.
 
     A row that is read twice wants all the threads of a multiprocessor, or two: then the rows in
     flight fit in the second-level cache. Where the arithmetic is heavy, half of them, for twice the
     registers. A row that is read once leaves the order to the hardware.
-
-    Of a wide row that is read twice some blocks stay in registers where it `holds`: so many that a
-    multiprocessor has room for one program, and 132 rows of 256 KB fit in the cache.
     """
     if not reads_twice:
         block_v = max(8, min(next_power_of_2(V), 4096))
-        warps = max(1, block_v // 512)
-        return {"BLOCK_V": block_v, "BLOCK_G": block_v, "HELD": 0, "num_warps": warps}
-    if holds and V > 65536:
-        return {"BLOCK_V": 8192, "BLOCK_G": 8192, "HELD": 4, "num_warps": 32}
+        return {"BLOCK_V": block_v, "BLOCK_G": block_v, "num_warps": max(1, block_v // 512)}
     block_v = max(8, min(next_power_of_2(V), 8192 if heavy else 16384))
     block_g = max(8, min(block_v, 8192))
-    warps = max(1, block_v // 512)
-    return {"BLOCK_V": block_v, "BLOCK_G": block_g, "HELD": 0, "num_warps": warps}
+    return {"BLOCK_V": block_v, "BLOCK_G": block_g, "num_warps": max(1, block_v // 512)}
 
 
 _SLAB = 16384
@@ -339,7 +300,6 @@ def _cross_entropy_with(
     need_loss: bool,
     need_dlogits: bool,
     padded: bool,
-    holds: bool,
     unit: float,
 ) -> Bound:
     heavy = softcap is not None or label_smoothing != 0.0 or compute is torch.float64
@@ -349,7 +309,7 @@ def _cross_entropy_with(
         HAS_CLASS_WEIGHT=has_class_weight, HAS_DLOSS=has_dloss,
         NEED_LOSS=need_loss, NEED_DLOGITS=need_dlogits, PADDED=padded,
         UNIT=unit, LOWEST=torch.finfo(compute).min, COMPUTE=triton_dtype(compute),
-        **_cross_entropy_config(V, need_loss and need_dlogits, heavy, holds and not heavy),
+        **_cross_entropy_config(V, need_loss and need_dlogits, heavy),
     )  # fmt: skip
 
 
@@ -387,11 +347,9 @@ def launch_rows(
 
     width = V if width is None else width
     slab = width if dlogits is None or loss is not None else _SLAB
-    # In whole vectors, of two bytes an element: for others the registers do not suffice.
-    holds = logits.dtype.itemsize == 2 and width % 16 == 0
     kernel = _cross_entropy_with(
         V, lse.dtype, label_smoothing, z_loss, softcap, logit_scale, class_weight is not None,
-        dloss is not None, loss is not None, dlogits is not None, width != V, holds, unit,
+        dloss is not None, loss is not None, dlogits is not None, width != V, unit,
     )  # fmt: skip
     kernel(
         (target.numel(), cdiv(width, slab)),

@@ -84,8 +84,7 @@ def compilation(
 ) -> Compilation:
     wide = dtype == "*fp64"
     heavy = wide or "CAP" in options or "SMOOTHING" in options
-    holds = dtype == "*bf16" and not heavy
-    config = room._cross_entropy_config(V, loss and dlogits, heavy, holds)
+    config = room._cross_entropy_config(V, loss and dlogits, heavy)
     warps = config.pop("num_warps")
     acc = "*fp64" if wide else "*fp32"
     signature = {
