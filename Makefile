@@ -1,7 +1,7 @@
 # `make` alone lists the targets. Each makes .venv first, where there is none yet.
 # PYTHON picks another interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench clean venv
+.PHONY: help test lint demo bench sanitize clean venv
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN := .venv/bin/python
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: lint  ## check style and types, then run the tests (CPU: through Triton's interpreter)
 	$(RUN) -m pytest -n logical
@@ -25,8 +25,11 @@ demo: venv  ## train a small Llama twice, unpatched and patched, and compare; wr
 bench: venv  ## measure every op against its peers (needs a GPU)
 	$(RUN) -m benchmarks
 
+sanitize: venv  ## run every op under compute-sanitizer (needs a GPU and the CUDA toolkit)
+	$(RUN) -m liger_fn.testing.sanitize
+
 clean:  ## remove .venv, caches and what the demo wrote
-	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo sanitize build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:

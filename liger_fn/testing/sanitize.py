@@ -90,15 +90,17 @@ def run_here(ops: Sequence[str]) -> None:
     from liger_fn.testing.call import Call, gradients
     from liger_fn.testing.specs import specs
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for spec in specs():
         if spec.name in ops:
             for case in spec.cases + spec.sizes:
                 for dtype in DTYPES:
-                    call = Call(spec, case, torch.device("cuda"), dtype)
+                    call = Call(spec, case, device, dtype)
                     gradients(call.op(), call.tensors(requires_grad=True))
                     with torch.no_grad():
                         call.op()(*call.tensors())
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _all(

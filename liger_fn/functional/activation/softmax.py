@@ -27,7 +27,7 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
-from liger_fn.functional.core.kernels import anew, columns_of, exp_of, no_blocks, with_block
+from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks, with_block
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
@@ -121,6 +121,16 @@ def _softmax_fwd_kernel(
     tl.store(total_ptr + row, total, mask=row < N)
 
 
+@triton.jit
+def _anew(x, zero):
+    """The same numbers, which the compiler takes for others: converted where it first saw them to
+    float32, it would keep these, in twice the registers.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        x = (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True)
+    return x
+
+
 @triton.jit(do_not_specialize=["H", "T"])
 def _softmax_fwd_wide_kernel(
     x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
@@ -166,7 +176,7 @@ def _softmax_fwd_wide_kernel(
     over = 1.0 / total
     for i in tl.static_range(HELD):
         col = last - i * BLOCK_D + block
-        x = anew(held[HELD - 1 - i], zero)
+        x = _anew(held[HELD - 1 - i], zero)
         z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
         y = exp_of(z - top) * over
         tl.store(y_ptr + row * D + col, y, mask=col < D, cache_modifier=".cs")
@@ -359,9 +369,9 @@ def _softmax_bwd_wide_kernel(
     for i in tl.static_range(HELD):
         col = last - i * BLOCK_D + block
         x, dy = held[HELD - 1 - i]
-        x = anew(x, zero)
+        x = _anew(x, zero)
         z = _logits(x, mask_ptr, col, mask_stride_d, col < width, SCALE, HAS_MASK, COMPUTE)
-        dx = exp_of(z - top) * over * (anew(dy, zero).to(COMPUTE) - dot)
+        dx = exp_of(z - top) * over * (_anew(dy, zero).to(COMPUTE) - dot)
         tl.store(dx_ptr + row * D + col, dx, mask=col < D, cache_modifier=".cs")
     for step in range(HELD * BLOCK_D, D, BLOCK_D):
         col = last - step + block

@@ -23,16 +23,6 @@ def no_blocks():
 
 
 @triton.jit
-def anew(x, zero):
-    """The same numbers, which the compiler takes for others: converted where it first saw them to
-    float32, it would keep these, in twice the registers.
-    """
-    if x.dtype.primitive_bitwidth == 16:
-        x = (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True)
-    return x
-
-
-@triton.jit
 def columns_of(BLOCK: tl.constexpr):
     """The columns of a block, eight in a row: what a thread loads at once when they are 2 bytes."""
     NEAR: tl.constexpr = 8 if BLOCK >= 8 else BLOCK

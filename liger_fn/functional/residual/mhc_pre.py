@@ -30,7 +30,7 @@ from liger_fn.functional.core import check
 from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import no_blocks
+from liger_fn.functional.core.kernels import no_blocks, times
 from liger_fn.functional.core.launch import (
     accumulator,
     as_rows,
@@ -329,9 +329,9 @@ def _mhc_pre_coefficients_bwd_kernel(
         mix_res * scale_res + bias_res, dres, in_matrix, in_h, scratch_ptr,
         N.to(tl.int64) * (H * H), square, ITERATIONS, SINKHORN_EPS,
     )  # fmt: skip
-    terms_pre = tl.sum(dlogits_pre * mix_pre, axis=1)
-    terms_post = tl.sum(dlogits_post * mix_post, axis=1)
-    terms_res = tl.sum(tl.sum(dlogits_res * mix_res, axis=2), axis=1)
+    terms_pre = tl.sum(times(dlogits_pre, mix_pre), axis=1)
+    terms_post = tl.sum(times(dlogits_post, mix_post), axis=1)
+    terms_res = tl.sum(tl.sum(times(dlogits_res, mix_res), axis=2), axis=1)
     along = terms_pre * scale_pre + terms_post * scale_post + terms_res * scale_res
     tl.store(along_ptr + n, along * rstd * rstd / K, mask=n < N)
 

@@ -1,0 +1,53 @@
+"""What kernels share."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Triton reads a kernel from a file, and compiles it in a process that does not interpret.
+ROW_SUMS = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from liger_fn.functional.core.kernels import times
+
+@triton.jit
+def kernel(a_ptr, b_ptr, sum_ptr, SAFE: tl.constexpr, D: tl.constexpr):
+    row, col = tl.arange(0, 8), tl.arange(0, D)
+    at = row[:, None] * D + col[None, :]
+    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
+    tl.store(sum_ptr + row, tl.sum(times(a, b) if SAFE else a * b, axis=1))
+
+pointers = dict.fromkeys(("a_ptr", "b_ptr", "sum_ptr"), "*fp32")
+constants = {"SAFE": sys.argv[1] == "safe", "D": int(sys.argv[2])}
+source = ASTSource(kernel, pointers | dict.fromkeys(constants, "constexpr"), constants, {})
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize("D", [8, 32])
+def test_no_lane_fuses_its_product_with_that_of_another(D, tmp_path):
+    """Each would round the other's alone, and lanes would hold sums that differ."""
+    script = tmp_path / "row_sums.py"
+    script.write_text(ROW_SUMS)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def fused(how: str) -> list[str]:
+        command = [sys.executable, str(script), how, str(D)]
+        run = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+        ptx = subprocess.run(command, **run, check=True).stdout
+        from_other_lanes = re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx)
+        assert from_other_lanes
+        return [r for r in from_other_lanes if re.search(rf"fma\.rn\.f32.*, {r};", ptx)]
+
+    assert fused("plainly")
+    assert not fused("safe")

@@ -1,0 +1,97 @@
+"""What compute-sanitizer is asked, and how its answers are read."""
+
+import pytest
+import torch
+
+from liger_fn.testing import call, sanitize
+from liger_fn.testing.specs import specs
+
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+RACE = """\
+========= Error: Race reported between Write access at {kernel}+0x750 in room.py:120
+=========     and Write access at {kernel}+0x750 in room.py:120 [1 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+OUT_OF_BOUNDS = """\
+========= Invalid __global__ write of size 4 bytes
+=========     at _softmax_fwd_kernel+0x200 in softmax.py:4
+========= ERROR SUMMARY: 1 error
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "fault"),
+    [
+        (0, CLEAN, ""),
+        (86, RACE.format(kernel="_rms_norm_fwd_kernel"), "FOUND"),
+        (86, OUT_OF_BOUNDS, "FOUND"),
+        # Kernels of PyTorch's are its own matter.
+        (86, RACE.format(kernel="void cutlass::device_kernel<at::cuda>"), ""),
+        # Whoever was not watched to the end is not clean.
+        (1, CLEAN, "failed (1)"),
+        (0, "Error: Device not supported", "failed (0)"),
+    ],
+)
+def test_a_report_is_read(code, printed, fault):
+    assert sanitize.fault_of(code, printed) == fault
+
+
+def test_each_op_has_a_line_and_each_tool_a_column():
+    verdicts = [
+        sanitize.Verdict("rope", "memcheck", 3.2),
+        sanitize.Verdict("rope", "racecheck", 4.0, "FOUND"),
+    ]
+    head, line = sanitize.table(verdicts, ["rope"]).splitlines()
+    assert head.split() == ["op", "memcheck", "racecheck"]
+    assert line.split() == ["rope", "clean", "3", "s", "FOUND", "4", "s"]
+
+
+def test_an_unknown_op_is_refused(capsys):
+    assert sanitize.main(["no_such_op"]) == 2
+    assert "sanitize: 'no_such_op' must be one of attention_residual" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_is_missing_is_said(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: None)
+    assert sanitize.main(["rope"]) == 2
+    wanted = "needs compute-sanitizer" if gpu else "needs a GPU"
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_every_op_goes_through_every_tool(found, capsys, monkeypatch, tmp_path):
+    """A program in place of the tool says what it was asked, and finds what it is told to."""
+    tool = tmp_path / "compute-sanitizer"
+    end = OUT_OF_BOUNDS if found else CLEAN
+    tool.write_text(f"#!/bin/sh\necho \"$PYTORCH_NO_CUDA_MEMORY_CACHING $@\"\necho '{end}'\n"
+                    f"exit {86 * found}\n")  # fmt: skip
+    tool.chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: str(tool))
+    out = tmp_path / "reports"
+    assert sanitize.main(["rope", "tvd", "--out", str(out)]) == int(found)
+    printed = capsys.readouterr().out
+    assert printed.count("FOUND" if found else "clean") >= 4
+    reports = sorted(f.name for f in out.iterdir())
+    pairs = [f"{op}-{t}.txt" for op in ("rope", "tvd") for t in ("memcheck", "racecheck")]
+    assert reports == (pairs if found else [])
+    if found:
+        asked = (out / "tvd-racecheck.txt").read_text()
+        assert asked.startswith("1 --tool racecheck")
+        assert asked.splitlines()[0].endswith("-m liger_fn.testing.sanitize --here tvd")
+
+
+def test_an_op_is_run_both_ways_in_every_case_and_dtype(monkeypatch):
+    kept, run = call.gradients, []
+
+    def noted(f, tensors):
+        run.append((f, tensors[0].dtype, tensors[0].shape))
+        return kept(f, tensors)
+
+    monkeypatch.setattr(call, "gradients", noted)
+    sanitize.run_here(["relu_squared"])
+    (spec,) = (spec for spec in specs() if spec.name == "relu_squared")
+    assert len(run) == len(sanitize.DTYPES) * len(spec.cases + spec.sizes)
+    assert {dtype for _, dtype, _ in run} == set(sanitize.DTYPES)
