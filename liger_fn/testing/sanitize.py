@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse("needs compute-sanitizer, of CUDA's toolkit, on the path")
 
     ops, out = options.ops or known, Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     verdicts = list(_all(program, ops, options.tool or TOOLS, options.jobs, out))
     print(table(verdicts, ops))
     wrong = sum(bool(v.fault) for v in verdicts)
-    print(f"{len(verdicts) - wrong} of {len(verdicts)} runs are clean; the reports are in {out}/")
+    reports = f"; the reports of the others are in {out}/" if wrong else ""
+    print(f"{len(verdicts) - wrong} of {len(verdicts)} runs are clean{reports}")
     return int(wrong > 0)
 
 
@@ -134,6 +134,7 @@ def _under(program: str, tool: str, op: str, out: Path) -> Verdict:
     seconds = time.perf_counter() - start
     fault = fault_of(done.returncode, done.stdout)
     if fault:
+        out.mkdir(parents=True, exist_ok=True)
         (out / f"{op}-{tool}.txt").write_text(done.stdout)
     return Verdict(op, tool, seconds, fault)
 
