@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from liger_fn.functional.core.direct import OPTIONS
 from liger_fn.functional.core.kernels import times
 
 @triton.jit
@@ -29,7 +30,8 @@ def kernel(a_ptr, b_ptr, sum_ptr, SAFE: tl.constexpr, D: tl.constexpr):
 pointers = dict.fromkeys(("a_ptr", "b_ptr", "sum_ptr"), "*fp32")
 constants = {"SAFE": sys.argv[1] == "safe", "D": int(sys.argv[2])}
 source = ASTSource(kernel, pointers | dict.fromkeys(constants, "constexpr"), constants, {})
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"])
+options = OPTIONS | {"num_warps": 1}
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 """
 
 

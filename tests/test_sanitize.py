@@ -25,6 +25,10 @@ OUT_OF_BOUNDS = """\
         (0, CLEAN, ""),
         (86, RACE.format(kernel="_rms_norm_fwd_kernel"), "FOUND"),
         (86, OUT_OF_BOUNDS, "FOUND"),
+        (86, RACE.format(kernel="void other<int>").replace("Error: ", "Error: Other.\n"), "FOUND"),
+        (86, "at 0xda0 in room.py:175:_softmax_fwd_kernel\nERROR SUMMARY: 1 error", "FOUND"),
+        (86, "Program hit CUDA_ERROR_ILLEGAL_ADDRESS\nERROR SUMMARY: 1 error", "FOUND"),
+        (86, "RACECHECK SUMMARY: 4 hazards displayed (0 errors, 4 warnings)", ""),
         # Kernels of PyTorch's are its own matter.
         (86, RACE.format(kernel="void cutlass::device_kernel<at::cuda>"), ""),
         # Whoever was not watched to the end is not clean.
@@ -51,8 +55,15 @@ def test_an_unknown_op_is_refused(capsys):
     assert "sanitize: 'no_such_op' must be one of attention_residual" in capsys.readouterr().err
 
 
+def test_the_interpreter_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sanitize, "interpreted", lambda: True)
+    assert sanitize.main(["rope"]) == 2
+    assert "TRITON_INTERPRET must be unset" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_what_is_missing_is_said(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(sanitize, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: None)
     assert sanitize.main(["rope"]) == 2
@@ -68,6 +79,7 @@ def test_every_op_goes_through_every_tool(found, capsys, monkeypatch, tmp_path):
     tool.write_text(f"#!/bin/sh\necho \"$PYTORCH_NO_CUDA_MEMORY_CACHING $@\"\necho '{end}'\n"
                     f"exit {86 * found}\n")  # fmt: skip
     tool.chmod(0o755)
+    monkeypatch.setattr(sanitize, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: str(tool))
     out = tmp_path / "reports"
@@ -85,14 +97,22 @@ def test_every_op_goes_through_every_tool(found, capsys, monkeypatch, tmp_path):
 
 
 def test_an_op_is_run_both_ways_in_every_case_and_dtype(monkeypatch):
-    kept, run = call.gradients, []
+    kept, kept_op, run, plainly = call.gradients, call.Call.op, [], []
 
     def noted(f, tensors):
         run.append((f, tensors[0].dtype, tensors[0].shape))
         return kept(f, tensors)
 
+    def noted_op(of):
+        def op(*tensors):
+            plainly.extend([] if torch.is_grad_enabled() else [tensors])
+            return kept_op(of)(*tensors)
+
+        return op
+
     monkeypatch.setattr(call, "gradients", noted)
+    monkeypatch.setattr(call.Call, "op", noted_op)
     sanitize.run_here(["relu_squared"])
     (spec,) = (spec for spec in specs() if spec.name == "relu_squared")
-    assert len(run) == len(sanitize.DTYPES) * len(spec.cases + spec.sizes)
+    assert len(run) == len(plainly) == len(sanitize.DTYPES) * len(spec.cases + spec.sizes)
     assert {dtype for _, dtype, _ in run} == set(sanitize.DTYPES)

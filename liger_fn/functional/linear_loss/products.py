@@ -312,8 +312,8 @@ def _where_to_add(out: Tensor) -> str:
     """Where a tile is added to what `out` holds.
 
     The cache adds float32, and nobody waits for what was there: every element has one writer, so
-    the bits are those of a sum made here. Of 16 bits it would round the tile first. The interpreter
-    has no such sums.
+    the bits are those of a sum made here, but for subnormal numbers, which are zero to it. Of 16
+    bits it would round the tile first. The interpreter has no such sums.
     """
     return "there" if out.dtype is torch.float32 and not interpreting() else "here"
 
@@ -468,7 +468,7 @@ class Counted(AllRows):
         # These rows of x are of no use any more.
         in_order = self.x[rows] if dx.dtype is self.x.dtype else dx.new_empty((N, H))
         parts = dx.new_empty((programs * m, n), dtype=torch.float32)
-        # Parts have a buffer of their own.
+        # Where dx has 16 bits, parts have a buffer of their own.
         pieces = _pieces(dx, buffers=2)
         by_triton(
             _dx_kernel, (programs,),

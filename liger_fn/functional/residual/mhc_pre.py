@@ -272,7 +272,7 @@ def _mhc_pre_fwd_kernel(
     h = tl.arange(0, BLOCK_H)
     x = _load_streams(x_ptr + n * x_stride_n, d, D, H, COMPUTE, BLOCK_H)
     pre = tl.load(pre_ptr + n * H + h, mask=h < H, other=0.0)
-    tl.store(y_ptr + n * D + d, tl.sum(pre[:, None] * x, axis=0), mask=d < D)
+    tl.store(y_ptr + n * D + d, tl.sum(times(x, pre[:, None], 256), axis=0), mask=d < D)
 
 
 @triton.jit
@@ -322,9 +322,9 @@ def _mhc_pre_coefficients_bwd_kernel(
     dres = tl.load(dres_ptr + square, mask=in_matrix, other=0.0)
 
     _, dact = activate(mix_pre * scale_pre + bias_pre, "sigmoid", 1.0)
-    dlogits_pre = dpre * dact
+    dlogits_pre = times(dpre, dact)
     _, dact = activate(mix_post * scale_post + bias_post, "sigmoid", 1.0)
-    dlogits_post = dpost * dact * POST_SCALE
+    dlogits_post = times(dpost * POST_SCALE, dact)
     dlogits_res = sinkhorn_bwd(
         mix_res * scale_res + bias_res, dres, in_matrix, in_h, scratch_ptr,
         N.to(tl.int64) * (H * H), square, ITERATIONS, SINKHORN_EPS,

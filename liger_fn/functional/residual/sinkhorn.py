@@ -13,6 +13,7 @@ A tile is (BLOCK_N, BLOCK_H, BLOCK_H): matrices, rows, columns; beyond H all is 
 import torch
 from torch import Tensor
 
+from liger_fn.functional.core.kernels import times
 from liger_fn.functional.core.launch import tl, triton
 
 
@@ -38,7 +39,7 @@ def _divided(m, inside, AXIS: tl.constexpr, EPS: tl.constexpr):
 def _divided_bwd(m, dm, inside, AXIS: tl.constexpr, EPS: tl.constexpr):
     """Give the gradient of m, of that of m divided by its sums along an axis."""
     inverse = 1.0 / (tl.sum(m, axis=AXIS, keep_dims=True) + EPS)
-    along = tl.sum(dm * m, axis=AXIS, keep_dims=True) * inverse
+    along = tl.sum(times(dm, m), axis=AXIS, keep_dims=True) * inverse
     return tl.where(inside, (dm - along) * inverse, 0.0)
 
 
@@ -90,4 +91,4 @@ def sinkhorn_bwd(
         dm = _divided_bwd(m, dm, inside, 2, EPS)
         m = earlier
     dm = _divided_bwd(first, dm, inside, 1, EPS)
-    return tl.where(inside, p * (dm - tl.sum(dm * p, axis=2, keep_dims=True)), 0.0)
+    return tl.where(inside, p * (dm - tl.sum(times(dm, p), axis=2, keep_dims=True)), 0.0)

@@ -110,8 +110,9 @@ def products_of_tiles() -> list[Compilation]:
             dx |= tiles("fp32", 4, parts="MN")
             options = {"DTYPE": dtype, "PIECES": pieces}
             kernels.append(of_tiles(f"dx-{name}-{out}", products._dx_kernel, dx, **options))
-            for add in (None, "there" if out == "fp32" else "here"):
-                pieces = 1 if out == name and add is None else 2
+            like = torch.empty(0, dtype=torch.float32 if out == "fp32" else torch.float16)
+            for add in (None, products._where_to_add(like)):
+                pieces = products._pieces(like, buffers=2 if add == "here" else 1)
                 dweight = tiles(name, g="KM", x="KN") | tiles(out, pieces, dweight="MN")
                 options = {"DTYPE": dtype, "PIECES": pieces, "ADD": add}
                 id = f"dweight-{name}-{out}{'-add' if add else ''}"
