@@ -96,6 +96,24 @@ def test_every_op_goes_through_every_tool(found, capsys, monkeypatch, tmp_path):
         assert asked.splitlines()[0].endswith("-m liger_fn.testing.sanitize --here tvd")
 
 
+def test_one_tool_may_be_asked_alone_and_so_many_at_once(monkeypatch, capsys):
+    asked, jobs = [], []
+
+    def under(program, tool, op, out):
+        asked.append((op, tool))
+        return sanitize.Verdict(op, tool, 1.0)
+
+    pool = sanitize.ThreadPoolExecutor
+    monkeypatch.setattr(sanitize, "ThreadPoolExecutor", lambda n: jobs.append(n) or pool(n))
+    monkeypatch.setattr(sanitize, "_under", under)
+    monkeypatch.setattr(sanitize, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: "tool")
+    assert sanitize.main(["rope", "--tool", "racecheck", "--jobs", "3"]) == 0
+    assert (asked, jobs) == ([("rope", "racecheck")], [3])
+    assert "1 of 1 runs are clean" in capsys.readouterr().out
+
+
 def test_an_op_is_run_both_ways_in_every_case_and_dtype(monkeypatch):
     kept, kept_op, run, plainly = call.gradients, call.Call.op, [], []
 

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse("needs compute-sanitizer, of CUDA's toolkit, on the path")
 
     ops, out = options.ops or known, Path(options.out)
-    verdicts = list(_all(program, ops, options.tool or TOOLS, options.jobs, out))
+    tools = [tool for tool in TOOLS if tool in (options.tool or TOOLS)]
+    verdicts = list(_all(program, ops, tools, options.jobs, out))
     print(table(verdicts, ops))
     wrong = sum(bool(v.fault) for v in verdicts)
     reports = f"; the reports of the others are in {out}/" if wrong else ""
@@ -121,7 +122,7 @@ def _all(
         with tqdm(as_completed(runs), total=len(runs), unit="op", leave=False) as bar:
             for run in bar:
                 verdicts = run.result()
-                bar.write(table(verdicts, [verdicts[0].op]).splitlines()[-1])
+                bar.write(line(verdicts[0].op, verdicts))
                 yield from verdicts
 
 
@@ -161,12 +162,14 @@ def fault_of(code: int, printed: str) -> str:
 def table(verdicts: Sequence[Verdict], ops: Sequence[str]) -> str:
     """Ops down, tools across, with the seconds that each took."""
     tools = [tool for tool in TOOLS if any(v.tool == tool for v in verdicts)]
-    lines = [f"{'op':32}" + "".join(f"{tool:>24}" for tool in tools)]
-    for op in ops:
-        of_op = {v.tool: v for v in verdicts if v.op == op}
-        cells = [f"{of_op[t].fault or 'clean'} {of_op[t].seconds:5.0f} s" for t in tools]
-        lines.append(f"{op:32}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+    head = f"{'op':32}" + "".join(f"{tool:>24}" for tool in tools)
+    return "\n".join([head, *(line(op, [v for v in verdicts if v.op == op]) for op in ops)])
+
+
+def line(op: str, verdicts: Sequence[Verdict]) -> str:
+    """The verdicts on an op, in the order of the tools."""
+    cells = [f"{v.fault or 'clean'} {v.seconds:5.0f} s" for v in verdicts]
+    return f"{op:32}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 if __name__ == "__main__":

@@ -467,7 +467,7 @@ def _neighborhood_attention_bwd_near_kernel(
     if NEED_DS:
         v = _load(v_ptr, key, is_key, v_stride_t, C, PRODUCT, BLOCK_C)
         y = _load(y_ptr, query, is_query, y_stride_t, C, COMPUTE, BLOCK_C)
-        delta = tl.sum(times(dy.to(COMPUTE), y, 256), axis=1)
+        delta = tl.sum(times(dy.to(COMPUTE), y), axis=1)
 
     begin_1, size_1 = _keys_of(p1[:, None], L1, KERNEL_1, LEFT_1, SHIFTED)
     begin_2, size_2 = _keys_of(p2[:, None], L2, KERNEL_2, LEFT_2, SHIFTED)
@@ -525,7 +525,7 @@ def _neighborhood_attention_bwd_dq_kernel(
     dy = _load(dy_ptr, query, is_query, dy_stride_t, C, PRODUCT, BLOCK_C)
     y = _load(y_ptr, query, is_query, y_stride_t, C, COMPUTE, BLOCK_C)
 
-    delta = tl.sum(times(dy.to(COMPUTE), y, 256), axis=1)
+    delta = tl.sum(times(dy.to(COMPUTE), y), axis=1)
     tl.store(delta_ptr + tokens + query, delta, mask=is_query)
 
     if NEED_DQ:

@@ -42,13 +42,13 @@ def with_block(tops, sums, z):
 
 
 @triton.jit
-def times(a, b, UP_TO: tl.constexpr = 32):
+def times(a, b, UP_TO: tl.constexpr = 256):
     """Multiply, for a sum of which all lanes get the same bits; `a` has the shape of the product.
 
     Where a lane has one product, the compiler would fuse it with the sum of two lanes: each rounds
-    the other's alone. Of sums that differ so, shared memory keeps whichever the hardware likes.
-    Lanes have no more than one along the last dimension `UP_TO` so many columns, and there alone
-    the product is rounded by itself.
+    the other's alone. Of sums that differ so, shared memory keeps whichever the hardware likes. So
+    products of up to so many columns, of which a lane may have one, are rounded by themselves,
+    which takes an instruction more.
     """
     if a.shape[len(a.shape) - 1] <= UP_TO:
         product = tl.fma(a, b, tl.zeros_like(a))

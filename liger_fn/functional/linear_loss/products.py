@@ -308,14 +308,16 @@ def _pieces(out: Tensor, buffers: int) -> int:
     return out.itemsize * buffers // 2
 
 
-def _where_to_add(out: Tensor) -> str:
-    """Where a tile is added to what `out` holds.
+def _writing(out: Tensor, add: bool) -> dict[str, Any]:
+    """Where a tile is added to what `out` holds, and in how many pieces it goes there.
 
     The cache adds float32, and nobody waits for what was there: every element has one writer, so
     the bits are those of a sum made here, but for subnormal numbers, which are zero to it. Of 16
     bits it would round the tile first. The interpreter has no such sums.
     """
-    return "there" if out.dtype is torch.float32 and not interpreting() else "here"
+    there = out.dtype is torch.float32 and not interpreting()
+    adds = None if not add else "there" if there else "here"
+    return {"ADD": adds, "PIECES": _pieces(out, buffers=2 if adds == "here" else 1)}
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -493,11 +495,10 @@ def _product_of_tiles(
     config, programs = tiles_config(), sm_count(g.device)
     m, n, k = (config[f"BLOCK_{a}"] for a in "MNK")
     (N, V), H = g.shape, x.shape[1]
-    adds = _where_to_add(dweight) if add else None
-    pieces = _pieces(dweight, buffers=2 if adds == "here" else 1)
+    writing = _writing(dweight, add)
     by_triton(
         _dweight_kernel, (min(programs, cdiv(V, m) * cdiv(H, n)),),
-        descriptor(g, k, m), descriptor(x, k, n), descriptor(dweight, m, n // pieces),
+        descriptor(g, k, m), descriptor(x, k, n), descriptor(dweight, m, n // writing["PIECES"]),
         count, first, N, V, H, dtype_of_products(g), programs,
-        ADD=adds, PIECES=pieces, **config,
+        **writing, **config,
     )  # fmt: skip

@@ -66,7 +66,7 @@ def _powers(x, PIECES: tl.constexpr):
 @triton.jit
 def _products(a, b, PIECES: tl.constexpr):
     """Give a · b, added up over the blocks, and over neighbours that one thread holds."""
-    products = times(a[0], b[0], 256)
+    products = times(a[0], b[0])
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
     BLOCK_N: tl.constexpr = products.shape[0]

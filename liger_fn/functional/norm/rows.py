@@ -93,10 +93,14 @@ def _of_sample(ptr, sample, D):
     return ptr
 
 
+# Wider rows of one number a lane are several warps' work; of each, one lane writes (triton 3.6).
+_ONE_A_LANE = tl.constexpr(32)
+
+
 @triton.jit
 def row_dots(a, b, PIECES: tl.constexpr):
     """Give Σ a · b of each row."""
-    products = times(a[0], b[0])
+    products = times(a[0], b[0], _ONE_A_LANE)
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
     return tl.sum(products, axis=1)
@@ -114,7 +118,7 @@ def row_sums(a, PIECES: tl.constexpr):
 @triton.jit
 def row_dots_and_sums(a, b, PIECES: tl.constexpr):
     """Give Σ a · b and Σ a of each row, in one reduction: two would wait at twice the barriers."""
-    products, total = times(a[0], b[0]), a[0]
+    products, total = times(a[0], b[0], _ONE_A_LANE), a[0]
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
         total += a[i]

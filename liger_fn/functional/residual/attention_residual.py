@@ -118,13 +118,13 @@ def _attention_residual_fwd_kernel(
         v = _load_token(
             values_ptr, row, values_stride_n, values_stride_l, inside, depth, D, BLOCK_D
         ).to(COMPUTE)
-        rstd = 1.0 / tl.sqrt(tl.sum(times(v, v, 256), axis=2) * of_one + EPS)
-        score = tl.sum(times(v, query, 256), axis=2) * rstd
+        rstd = 1.0 / tl.sqrt(tl.sum(times(v, v), axis=2) * of_one + EPS)
+        score = tl.sum(times(v, query), axis=2) * rstd
         alpha = _softmax(score, in_l, 1)
         at = row[:, None] * L + depth[None, :]
         tl.store(score_ptr + at, score, mask=inside)
         tl.store(rstd_ptr + at, rstd, mask=inside)
-        out = tl.sum(times(v, alpha[:, :, None], 256), axis=1)
+        out = tl.sum(times(v, alpha[:, :, None]), axis=1)
         store_block(out_ptr, row, D, in_n, 0, D, out, BLOCK_D)
 
 
@@ -165,9 +165,7 @@ def _attention_residual_fwd_wide_kernel(
         start = (D - 1 - done) // BLOCK_D * BLOCK_D
         v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
         col = start + tl.arange(0, BLOCK_D)
-        tl.store(
-            out_ptr + row * D + col, tl.sum(times(v, alpha[:, None], 256), axis=0), mask=col < D
-        )
+        tl.store(out_ptr + row * D + col, tl.sum(times(v, alpha[:, None]), axis=0), mask=col < D)
 
 
 @triton.jit(do_not_specialize=["N", "L"])
@@ -199,10 +197,10 @@ def _attention_residual_bwd_kernel(
         dout = load_block(dout_ptr, row, dout_stride_n, in_n, 0, D, COMPUTE, BLOCK_D)[:, None, :]
 
         alpha = _softmax(score, in_l, 1)
-        dalpha = tl.sum(times(v, dout, 256), axis=2)
-        ds = alpha * (dalpha - tl.sum(times(alpha, dalpha, 256), axis=1)[:, None])
+        dalpha = tl.sum(times(v, dout), axis=2)
+        ds = alpha * (dalpha - tl.sum(times(alpha, dalpha), axis=1)[:, None])
         along_query = ds * rstd
-        dquery += tl.sum(times(v, along_query[:, :, None], 256), axis=1)
+        dquery += tl.sum(times(v, along_query[:, :, None]), axis=1)
         if dvalues_ptr is not None:
             along_v = along_query * rstd * score / D
             dv = alpha[:, :, None] * dout + along_query[:, :, None] * query
@@ -248,7 +246,7 @@ def _attention_residual_bwd_wide_kernel(
             to_dout += _in_threads(v * dout, GROUP)
         alpha = _softmax(score, in_l, 0)
         dalpha = tl.sum(to_dout, axis=1)
-        ds = alpha * (dalpha - tl.sum(times(alpha, dalpha, 256), axis=0))
+        ds = alpha * (dalpha - tl.sum(times(alpha, dalpha), axis=0))
         along_query = (ds * rstd)[:, None]
         along_v = (ds * rstd * rstd * score / D)[:, None]
 
@@ -258,7 +256,7 @@ def _attention_residual_bwd_wide_kernel(
             v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
             col = start + tl.arange(0, BLOCK_D)
             if dquery_part_ptr is not None:
-                share = tl.sum(times(v, along_query, 256), axis=0)
+                share = tl.sum(times(v, along_query), axis=0)
                 share += tl.load(dquery_part_ptr + col, mask=col < D, other=0.0)
                 tl.store(dquery_part_ptr + col, share, mask=col < D)
             if dvalues_ptr is not None:

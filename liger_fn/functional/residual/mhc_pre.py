@@ -272,7 +272,7 @@ def _mhc_pre_fwd_kernel(
     h = tl.arange(0, BLOCK_H)
     x = _load_streams(x_ptr + n * x_stride_n, d, D, H, COMPUTE, BLOCK_H)
     pre = tl.load(pre_ptr + n * H + h, mask=h < H, other=0.0)
-    tl.store(y_ptr + n * D + d, tl.sum(times(x, pre[:, None], 256), axis=0), mask=d < D)
+    tl.store(y_ptr + n * D + d, tl.sum(times(x, pre[:, None]), axis=0), mask=d < D)
 
 
 @triton.jit

@@ -105,18 +105,17 @@ def products_of_tiles() -> list[Compilation]:
         logits = tiles(name, x="MK", weight="NK", logits="MN") | bias
         kernels.append(of_tiles(f"logits-{name}", products._logits_kernel, logits, DTYPE=dtype))
         for out in (name, "fp32"):
-            pieces = {name: 2, "fp32": 4}[out]
+            like = torch.empty(0, dtype=torch.float32 if out == "fp32" else torch.float16)
+            pieces = products._pieces(like, buffers=2)
             dx = tiles(name, g="MK", weight="KN") | tiles(out, pieces, dx="MN")
             dx |= tiles("fp32", 4, parts="MN")
             options = {"DTYPE": dtype, "PIECES": pieces}
             kernels.append(of_tiles(f"dx-{name}-{out}", products._dx_kernel, dx, **options))
-            like = torch.empty(0, dtype=torch.float32 if out == "fp32" else torch.float16)
-            for add in (None, products._where_to_add(like)):
-                pieces = products._pieces(like, buffers=2 if add == "here" else 1)
-                dweight = tiles(name, g="KM", x="KN") | tiles(out, pieces, dweight="MN")
-                options = {"DTYPE": dtype, "PIECES": pieces, "ADD": add}
-                id = f"dweight-{name}-{out}{'-add' if add else ''}"
-                chips = (90, 100) if add == "here" else (90,)
+            for add in (False, True):
+                options = {"DTYPE": dtype} | products._writing(like, add)
+                dweight = tiles(name, g="KM", x="KN") | tiles(out, options["PIECES"], dweight="MN")
+                id = f"dweight-{name}-{out}{'-add' * add}"
+                chips = (90, 100) if options["ADD"] == "here" else (90,)
                 kernels.append(of_tiles(id, products._dweight_kernel, dweight, chips, **options))
     return kernels + statistics_of_tiles()
 
