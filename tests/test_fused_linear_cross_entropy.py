@@ -101,6 +101,7 @@ def chosen(N, V, H, chunk_size=None, memory_budget=None):
         ((8192, 262144, 2560), (3584, 4608, False)),  # 1.25 GiB more make it two chunks
         ((8192, 151936, 4096), (3584, 4608, False)),  # as little more as two chunks need
         ((16384, 128256, 4096), (7168, 9216, False)),
+        ((16384, 128256, 2048), (7168, 9216, False)),
         ((65536, 128256, 4096), (4096, 5120, True)),  # too many for 16 bits
         ((9000, 2**31, 1), (1, 1, True)),
     ],
@@ -130,7 +131,7 @@ def test_chosen_chunks(options, chunks):
 )
 def test_default_memory_keeps_the_budget(N, V, H):
     _, rows, wide = chosen(N, V, H)
-    assert rows * V * 2 + wide * 2 * V * H <= (5 << 28) + 2 * V * H
+    assert rows * V * 2 <= (5 << 28) + (0 if wide else 4 * V * H)
     assert chosen(8192, 128256, 4096)[1] * 128256 * 2 < 1.3 * 2**30
 
 

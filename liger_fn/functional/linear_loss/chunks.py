@@ -81,11 +81,11 @@ class Limits:
         return statically_known_true(_half(self._most(weight, with_sums=True), N))
 
     def _most(self, weight: Tensor, with_sums: bool = False) -> int:
-        """Rows in the budget; `with_sums`, in that and the memory that wide sums would take."""
+        """Rows in the budget; `with_sums`, in that and the memory of sums in float32."""
         V, H = weight.shape
         room = _BUFFER_BYTES if self.memory_budget is None else self.memory_budget
         if with_sums and self.memory_budget is None:
-            room += V * H * weight.itemsize
+            room += 4 * V * H
         rows = room // (width_of(V) * (weight.itemsize + self.beside))
         # Multiples of 128 rows fill the tiles of the products.
         return rows // 128 * 128 if rows >= 128 else max(1, rows)

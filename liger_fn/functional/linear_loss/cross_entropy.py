@@ -467,7 +467,7 @@ def fused_linear_cross_entropy(
             take memory; and time, unless x has 16 bits and the chip is a Hopper, whose products
             ask the device how many rows count (but for logits that are kept for "none").
         memory_budget: bytes of logits held at once; None: 1.25 GiB; or, where only that leaves no
-            more than two chunks, the bytes of weight in addition.
+            more than two chunks, the 4·V·H bytes of sums in float32 in addition.
         accum_dtype: the dtype in which chunks add up, and in which the gradient of the weight of a
             mean or sum waits for the upstream one.
             None: the dtype of x (float32 for float16) for one chunk, or two of which the larger has
