@@ -1,5 +1,7 @@
 """What compute-sanitizer is asked, and how its answers are read."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -42,12 +44,17 @@ def test_a_report_is_read(code, printed, fault):
 
 def test_each_op_has_a_line_and_each_tool_a_column():
     verdicts = [
-        sanitize.Verdict("rope", "memcheck", 3.2),
-        sanitize.Verdict("rope", "racecheck", 4.0, "FOUND"),
+        sanitize.Verdict("rope", "float32", "memcheck", 3.2),
+        sanitize.Verdict("rope", "float32", "racecheck", 3.0),
+        sanitize.Verdict("rope", "float16", "memcheck", 1.2),
+        sanitize.Verdict("rope", "float16", "racecheck", 4.0, "FOUND"),
+        sanitize.Verdict("tvd", "float32", "memcheck", 1.0),
+        sanitize.Verdict("tvd", "float32", "racecheck", 1.0),
     ]
-    head, line = sanitize.table(verdicts, ["rope"]).splitlines()
+    head, *lines = sanitize.table(verdicts, ["rope", "tvd"]).splitlines()
     assert head.split() == ["op", "memcheck", "racecheck"]
-    assert line.split() == ["rope", "clean", "3", "s", "FOUND", "4", "s"]
+    assert lines[0].split() == ["rope", "clean", "4", "s", "FOUND", "7", "s"]
+    assert lines[1].split() == ["tvd", "clean", "1", "s", "clean", "1", "s"]
 
 
 def test_an_unknown_op_is_refused(capsys):
@@ -85,23 +92,24 @@ def test_every_op_goes_through_every_tool(found, capsys, monkeypatch, tmp_path):
     out = tmp_path / "reports"
     assert sanitize.main(["rope", "tvd", "--out", str(out)]) == int(found)
     printed = capsys.readouterr().out
-    assert f"{0 if found else 4} of 4 runs are clean" in printed
+    assert f"{0 if found else 12} of 12 runs are clean" in printed
     assert printed.count("FOUND" if found else "clean") >= 4
     reports = sorted(f.name for f in out.glob("*"))
-    pairs = [f"{op}-{t}.txt" for op in ("rope", "tvd") for t in ("memcheck", "racecheck")]
-    assert reports == (pairs if found else [])
+    runs = product(("rope", "tvd"), sorted(sanitize.DTYPES), ("memcheck", "racecheck"))
+    assert reports == (["-".join(run) + ".txt" for run in runs] if found else [])
     if found:
-        asked = (out / "tvd-racecheck.txt").read_text()
+        asked = (out / "tvd-float16-racecheck.txt").read_text()
         assert asked.startswith("1 --tool racecheck")
-        assert asked.splitlines()[0].endswith("-m liger_fn.testing.sanitize --here tvd")
+        here = "-m liger_fn.testing.sanitize --here tvd --dtype float16"
+        assert asked.splitlines()[0].endswith(here)
 
 
-def test_one_tool_may_be_asked_alone_and_so_many_at_once(monkeypatch, capsys):
+def test_one_tool_and_dtype_may_be_asked_alone_and_so_many_at_once(monkeypatch, capsys):
     asked, jobs = [], []
 
-    def under(program, tool, op, out):
-        asked.append((op, tool))
-        return sanitize.Verdict(op, tool, 1.0)
+    def under(program, tool, op, dtype, out):
+        asked.append((op, dtype, tool))
+        return sanitize.Verdict(op, dtype, tool, 1.0)
 
     pool = sanitize.ThreadPoolExecutor
     monkeypatch.setattr(sanitize, "ThreadPoolExecutor", lambda n: jobs.append(n) or pool(n))
@@ -109,8 +117,8 @@ def test_one_tool_may_be_asked_alone_and_so_many_at_once(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: "tool")
-    assert sanitize.main(["rope", "--tool", "racecheck", "--jobs", "3"]) == 0
-    assert (asked, jobs) == ([("rope", "racecheck")], [3])
+    assert sanitize.main(["rope", "--tool=racecheck", "--dtype=bfloat16", "--jobs=3"]) == 0
+    assert (asked, jobs) == ([("rope", "bfloat16", "racecheck")], [3])
     assert "1 of 1 runs are clean" in capsys.readouterr().out
 
 
@@ -130,7 +138,7 @@ def test_an_op_is_run_both_ways_in_every_case_and_dtype(monkeypatch):
 
     monkeypatch.setattr(call, "gradients", noted)
     monkeypatch.setattr(call.Call, "op", noted_op)
-    sanitize.run_here(["relu_squared"])
+    sanitize.run_here(["relu_squared"], tuple(sanitize.DTYPES))
     (spec,) = (spec for spec in specs() if spec.name == "relu_squared")
     assert len(run) == len(plainly) == len(sanitize.DTYPES) * len(spec.cases + spec.sizes)
-    assert {dtype for _, dtype, _ in run} == set(sanitize.DTYPES)
+    assert {dtype for _, dtype, _ in run} == set(sanitize.DTYPES.values())

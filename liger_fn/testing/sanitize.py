@@ -3,9 +3,10 @@
 `python -m liger_fn.testing.sanitize` runs each op forward and backward, in all its cases and ragged
 sizes and in float32, bfloat16 and float16, under memcheck and racecheck, and prints a table. Memory
 that PyTorch would keep is given back, so that a step past the end of a tensor is one out of bounds.
-What a tool says of an op that it does not pass is written to a file. One process an op and a tool;
-several at once. PyTorch's own kernels do not count. Needs a GPU, and compute-sanitizer, which comes
-with CUDA's toolkit.
+What a tool says of an op that it does not pass is written to a file. One process an op, a dtype and
+a tool, several at once: to prepare each kernel for the tools takes them longer than to run it.
+PyTorch's own kernels do not count. Needs a GPU, and compute-sanitizer, which comes with CUDA's
+toolkit.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 from liger_fn.functional.core.launch import TRITON_MISSING, interpreted
 
 TOOLS = ("memcheck", "racecheck")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FOUND = 86
 # Triton leaves names as they are; C++ mangles them.
 _OURS = r"_[a-z]\w*_kernel"
@@ -36,9 +37,10 @@ _TOOLKIT = "/usr/local/cuda/bin"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a tool says of an op: nothing where it passes."""
+    """What a tool says of an op in a dtype: nothing where it passes."""
 
     op: str
+    dtype: str
     tool: str
     seconds: float
     fault: str = ""
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ops, print the table, and return 1 if a tool found something or could not run."""
     options = _parser().parse_args(arguments)
     if options.here:
-        run_here(options.ops)
+        run_here(options.ops, options.dtype or tuple(DTYPES))
         return 0
 
     from liger_fn.testing.specs import specs
@@ -67,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ops, out = options.ops or known, Path(options.out)
     tools = [tool for tool in TOOLS if tool in (options.tool or TOOLS)]
-    verdicts = list(_all(program, ops, tools, options.jobs, out))
+    dtypes = options.dtype or tuple(DTYPES)
+    verdicts = list(_all(program, ops, dtypes, tools, options.jobs, out))
     print(table(verdicts, ops))
     wrong = sum(bool(v.fault) for v in verdicts)
     reports = f"; the reports of the others are in {out}/" if wrong else ""
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m liger_fn.testing.sanitize", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: every op")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="default: both")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all three")
     parser.add_argument("--jobs", type=int, default=8, metavar="N", help="processes at once")
     parser.add_argument("--out", default="sanitize", metavar="DIR", help="where reports go")
     parser.add_argument("--here", action="store_true", help="run the ops in this very process")
@@ -90,7 +94,7 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def run_here(ops: Sequence[str]) -> None:
+def run_here(ops: Sequence[str], dtypes: Sequence[str]) -> None:
     """Run ops forward and backward; whoever wants to know watches from outside."""
     from liger_fn.testing.call import Call, gradients
     from liger_fn.testing.specs import specs
@@ -99,8 +103,8 @@ def run_here(ops: Sequence[str]) -> None:
     for spec in specs():
         if spec.name in ops:
             for case in spec.cases + spec.sizes:
-                for dtype in DTYPES:
-                    call = Call(spec, case, device, dtype)
+                for dtype in dtypes:
+                    call = Call(spec, case, device, DTYPES[dtype])
                     gradients(call.op(), call.tensors(requires_grad=True))
                     with torch.no_grad():
                         call.op()(*call.tensors())
@@ -109,32 +113,37 @@ def run_here(ops: Sequence[str]) -> None:
 
 
 def _all(
-    program: str, ops: Sequence[str], tools: Sequence[str], jobs: int, out: Path
+    program: str,
+    ops: Sequence[str],
+    dtypes: Sequence[str],
+    tools: Sequence[str],
+    jobs: int,
+    out: Path,
 ) -> Iterator[Verdict]:
     from tqdm import tqdm
 
-    def by_each_tool(op: str) -> list[Verdict]:
-        # One after the other: the first compiles the kernels of the op for both.
-        return [_under(program, tool, op, out) for tool in tools]
+    def by_each_tool(op: str, dtype: str) -> list[Verdict]:
+        # One after the other: the first compiles the kernels for both.
+        return [_under(program, tool, op, dtype, out) for tool in tools]
 
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(by_each_tool, op) for op in ops]
-        with tqdm(as_completed(runs), total=len(runs), unit="op", leave=False) as bar:
+        runs = [pool.submit(by_each_tool, op, dtype) for op in ops for dtype in dtypes]
+        with tqdm(as_completed(runs), total=len(runs), unit="run", leave=False) as bar:
             for run in bar:
                 verdicts = run.result()
-                bar.write(line(verdicts[0].op, verdicts))
+                bar.write(line(f"{verdicts[0].op} {verdicts[0].dtype}", verdicts, tools))
                 yield from verdicts
 
 
-def _under(program: str, tool: str, op: str, out: Path) -> Verdict:
+def _under(program: str, tool: str, op: str, dtype: str, out: Path) -> Verdict:
     """Run an op in a process of its own under a tool."""
-    report = out / f"{op}-{tool}.txt"
+    report = out / f"{op}-{dtype}-{tool}.txt"
     report.unlink(missing_ok=True)
     start = time.perf_counter()
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", str(_FOUND),
          "--target-processes", "application-only", *_OPTIONS[tool],
-         sys.executable, "-m", "liger_fn.testing.sanitize", "--here", op],
+         sys.executable, "-m", "liger_fn.testing.sanitize", "--here", op, "--dtype", dtype],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
@@ -143,7 +152,7 @@ def _under(program: str, tool: str, op: str, out: Path) -> Verdict:
     if fault:
         out.mkdir(parents=True, exist_ok=True)
         report.write_text(done.stdout)
-    return Verdict(op, tool, seconds, fault)
+    return Verdict(op, dtype, tool, seconds, fault)
 
 
 def fault_of(code: int, printed: str) -> str:
@@ -160,16 +169,21 @@ def fault_of(code: int, printed: str) -> str:
 
 
 def table(verdicts: Sequence[Verdict], ops: Sequence[str]) -> str:
-    """Ops down, tools across, with the seconds that each took."""
+    """Ops down, tools across: what is held against an op in any dtype, and the seconds of all."""
     tools = [tool for tool in TOOLS if any(v.tool == tool for v in verdicts)]
-    head = f"{'op':32}" + "".join(f"{tool:>24}" for tool in tools)
-    return "\n".join([head, *(line(op, [v for v in verdicts if v.op == op]) for op in ops)])
+    head = f"{'op':40}" + "".join(f"{tool:>20}" for tool in tools)
+    rows = (line(op, [v for v in verdicts if v.op == op], tools) for op in ops)
+    return "\n".join([head, *rows])
 
 
-def line(op: str, verdicts: Sequence[Verdict]) -> str:
-    """The verdicts on an op, in the order of the tools."""
-    cells = [f"{v.fault or 'clean'} {v.seconds:5.0f} s" for v in verdicts]
-    return f"{op:32}" + "".join(f"{cell:>24}" for cell in cells)
+def line(title: str, verdicts: Sequence[Verdict], tools: Sequence[str]) -> str:
+    """The verdicts of each tool in one cell."""
+    cells = []
+    for tool in tools:
+        own = [v for v in verdicts if v.tool == tool]
+        fault = next((v.fault for v in own if v.fault), "clean")
+        cells.append(f"{fault} {sum(v.seconds for v in own):5.0f} s")
+    return f"{title:40}" + "".join(f"{cell:>20}" for cell in cells)
 
 
 if __name__ == "__main__":
