@@ -100,6 +100,7 @@ def test_every_op_goes_through_every_tool(found, capsys, monkeypatch, tmp_path):
     if found:
         asked = (out / "tvd-float16-racecheck.txt").read_text()
         assert asked.startswith("1 --tool racecheck")
+        assert "--launch-timeout 0 " in asked
         here = "-m liger_fn.testing.sanitize --here tvd --dtype float16"
         assert asked.splitlines()[0].endswith(here)
 

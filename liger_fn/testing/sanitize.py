@@ -136,13 +136,17 @@ def _all(
 
 
 def _under(program: str, tool: str, op: str, dtype: str, out: Path) -> Verdict:
-    """Run an op in a process of its own under a tool."""
+    """Run an op in a process of its own under a tool.
+
+    The tool waits for the process as long as it takes: from one that imports PyTorch beside many
+    others it would turn away after ten seconds, and this then waits for the tool for ever.
+    """
     report = out / f"{op}-{dtype}-{tool}.txt"
     report.unlink(missing_ok=True)
     start = time.perf_counter()
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", str(_FOUND),
-         "--target-processes", "application-only", *_OPTIONS[tool],
+         "--target-processes", "application-only", "--launch-timeout", "0", *_OPTIONS[tool],
          sys.executable, "-m", "liger_fn.testing.sanitize", "--here", op, "--dtype", dtype],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
