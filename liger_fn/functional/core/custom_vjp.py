@@ -155,6 +155,11 @@ def watched(args: Sequence[Any]) -> bool:
     )
 
 
+def _batched(cotangents: Sequence[torch.Tensor | None]) -> bool:
+    """Say whether autograd pulls back many cotangents at once (`is_grads_batched`)."""
+    return any(c is not None and _C._functorch.is_legacy_batchedtensor(c) for c in cotangents)
+
+
 def forward_mode() -> bool:
     # A compiled jvp opens no dual level of its own, so the functorch stack is asked too.
     stack = _C._functorch.get_interpreter_stack() if _functorch_active() else ()
@@ -409,7 +414,9 @@ def _vjp_function(op: _Op) -> type:
                 args = _pick(bwd_at, args)
                 return _pick(grads_at, (*as_tuple(op.bwd_op(*args)), None))
             needs = for_summands(pick_needs(ctx.needs_input_grad), ctx.needs_input_grad)
-            direct = ctx.direct and not (_grad_enabled() or watched(cotangents))
+            direct = ctx.direct and not (
+                _grad_enabled() or watched(cotangents) or _batched(cotangents)
+            )
             donated = direct and ctx.private and not _keep_graph()
             args = arrange((*ctx.saved_tensors, *cotangents, *ctx.statics, *needs, donated))
             if direct:

@@ -49,7 +49,8 @@ def _vmap_rule(d: RowWise) -> Callable:
             out = as_tuple(d.op(*_with_batch_as_rows(d, info.batch_size, dims, args)))
         else:
             out = _one_call_per_sample(d, info.batch_size, dims, args)
-        out_dims = tuple(None if t is None else 0 for t in out)
+        # A token in a residual's place has no dimension.
+        out_dims = tuple(None if t is None or t.dim() == 0 else 0 for t in out)
         return (out, out_dims) if len(out) > 1 else (out[0], out_dims[0])
 
     return rule

@@ -101,6 +101,19 @@ def _vmap_under_autograd(f, *tensors):
     return torch.autograd.grad(loss(vmap(f))(*leaves), leaves)
 
 
+def _jvp_of_vmap(f, *tensors):
+    batches = tuple(_stacked(tensors))
+    return jvp(vmap(f), batches, tuple(b.cos() for b in batches))
+
+
+def _many_cotangents(f, *tensors):
+    """What autograd's vectorized jacobian does."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = [o for o in f(*leaves) if o.requires_grad]
+    cotangents = [torch.stack([o.cos(), o.sin()]).detach() for o in outputs]
+    return torch.autograd.grad(outputs, leaves, cotangents, is_grads_batched=True)
+
+
 TRANSFORMS = {
     transform.__name__.strip("_"): transform
     for transform in (
@@ -122,6 +135,8 @@ TRANSFORMS = {
         _vmap,
         _vmap_of_vmap,
         _vmap_under_autograd,
+        _jvp_of_vmap,
+        _many_cotangents,
     )
 }
 
@@ -165,7 +180,6 @@ def reference_backend(spec, case, device):
     """Without kernels the same transforms hold."""
     call = Call(spec, case, device)
     with using("reference"):
-        for name in ("grad", "jvp", "hessian", "per_sample_grads"):
-            transform = TRANSFORMS[name]
+        for transform in TRANSFORMS.values():
             expected = transform(call.reference(), *call.tensors())
             assert_close(transform(call.op(), *call.tensors()), expected)
