@@ -45,7 +45,7 @@ def test_a_report_is_read(code, printed, fault):
 def test_each_op_has_a_line_and_each_tool_a_column():
     verdicts = [
         sanitize.Verdict("rope", "float32", "memcheck", 3.2),
-        sanitize.Verdict("rope", "float32", "racecheck", 3.0),
+        sanitize.Verdict("rope", "float32", "racecheck", 3.0, "failed (-11)"),
         sanitize.Verdict("rope", "float16", "memcheck", 1.2),
         sanitize.Verdict("rope", "float16", "racecheck", 4.0, "FOUND"),
         sanitize.Verdict("tvd", "float32", "memcheck", 1.0),
@@ -118,7 +118,7 @@ def test_one_tool_and_dtype_may_be_asked_alone_and_so_many_at_once(monkeypatch, 
     monkeypatch.setattr(sanitize, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize.shutil, "which", lambda *a, **k: "tool")
-    assert sanitize.main(["rope", "--tool=racecheck", "--dtype=bfloat16", "--jobs=3"]) == 0
+    assert sanitize.main(["rope", "--tool=racecheck", *["--dtype=bfloat16"] * 2, "--jobs=3"]) == 0
     assert (asked, jobs) == ([("rope", "bfloat16", "racecheck")], [3])
     assert "1 of 1 runs are clean" in capsys.readouterr().out
 

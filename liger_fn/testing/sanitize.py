@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ops, out = options.ops or known, Path(options.out)
     tools = [tool for tool in TOOLS if tool in (options.tool or TOOLS)]
-    dtypes = options.dtype or tuple(DTYPES)
+    dtypes = [dtype for dtype in DTYPES if dtype in (options.dtype or DTYPES)]
     verdicts = list(_all(program, ops, dtypes, tools, options.jobs, out))
     print(table(verdicts, ops))
     wrong = sum(bool(v.fault) for v in verdicts)
@@ -175,7 +175,7 @@ def fault_of(code: int, printed: str) -> str:
 def table(verdicts: Sequence[Verdict], ops: Sequence[str]) -> str:
     """Ops down, tools across: what is held against an op in any dtype, and the seconds of all."""
     tools = [tool for tool in TOOLS if any(v.tool == tool for v in verdicts)]
-    head = f"{'op':40}" + "".join(f"{tool:>20}" for tool in tools)
+    head = f"{'op':40}" + "".join(f"{tool:>24}" for tool in tools)
     rows = (line(op, [v for v in verdicts if v.op == op], tools) for op in ops)
     return "\n".join([head, *rows])
 
@@ -185,9 +185,11 @@ def line(title: str, verdicts: Sequence[Verdict], tools: Sequence[str]) -> str:
     cells = []
     for tool in tools:
         own = [v for v in verdicts if v.tool == tool]
-        fault = next((v.fault for v in own if v.fault), "clean")
+        # What was found weighs more than what could not be watched.
+        faults = sorted((v.fault for v in own if v.fault), key=lambda fault: fault != "FOUND")
+        fault = faults[0] if faults else "clean"
         cells.append(f"{fault} {sum(v.seconds for v in own):5.0f} s")
-    return f"{title:40}" + "".join(f"{cell:>20}" for cell in cells)
+    return f"{title:40}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 if __name__ == "__main__":
