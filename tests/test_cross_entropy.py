@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 from liger_fn.functional import cross_entropy, using
@@ -114,6 +115,20 @@ def test_a_shifted_view_is_read_where_it_lies(device):
     torch.testing.assert_close(got.reshape(-1), expected)
 
 
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_as_many_rows_as_the_data_say(device):
+    """A compiler knows nothing of their number, and must not be asked how they lie."""
+    logits, target = torch.randn(9, 5, 7, device=device), torch.randint(7, (9, 5), device=device)
+    live = torch.arange(9, device=device) % 2 == 0
+
+    def of_some(logits, target, live):
+        return cross_entropy(logits[live][:, :-1], target[live][:, 1:])
+
+    compiled = torch.compile(of_some, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, target, live), of_some(logits, target, live))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_many_rows_have_the_mean_of_few(device, monkeypatch, weighted):
     """Beyond so many rows PyTorch adds them up."""
@@ -122,9 +137,13 @@ def test_many_rows_have_the_mean_of_few(device, monkeypatch, weighted):
     target[::3] = -100
     class_weight = torch.rand(7, device=device) if weighted else None
 
+    def of(logits):
+        return cross_entropy(logits, target, class_weight=class_weight)
+
     def mean_and_gradient():
-        mean = cross_entropy(logits, target, class_weight=class_weight)
-        return mean, *torch.autograd.grad(mean, logits)
+        mean = of(logits)
+        two = torch.func.vmap(of)(torch.stack([logits, -logits]).detach())
+        return mean, two, *torch.autograd.grad(mean, logits)
 
     few = mean_and_gradient()
     monkeypatch.setattr(room, "_FEW_ROWS", 100)

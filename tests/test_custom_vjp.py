@@ -831,6 +831,7 @@ for shape, dim in (((5,), 0), ((4, 6), 1), ((3, 5), 0)):
     dz = distribute_tensor(z.detach(), mesh, [Shard(dim)]).requires_grad_()
     out = cross_entropy(dz, distribute_tensor(T, mesh, [Shard(dim)]))
     out.backward()
+    assert dz.grad.placements == (Shard(dim),)
     assert_close(out.full_tensor(), mean_of(z, T))
     assert_close(dz.grad.full_tensor(), z.grad)
 

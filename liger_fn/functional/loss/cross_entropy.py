@@ -10,11 +10,12 @@
 
 with x the logits, t the target, w the class weights, ε the label smoothing. Memory traffic in bytes
 per element of 2-byte logits: 2 forward (read), 4 backward (read, write the gradient); `lse`, 4
-bytes a row, is kept, and 4 more for a mean. Ignored rows are not read.
+bytes a row, is kept. Ignored rows are not read.
 
-The op gives the loss of every row, so that each may have its own upstream gradient, and rows may
-live on different devices; the mean of rows is an op of its own. One kernel serves forward, backward
-and, for losses that hold the logits themselves, both at once, over the logits.
+One op gives the loss of every row, so that each may have its own upstream gradient, and rows may
+live on different devices; another their mean, for autograd costs the host as much for a mean of its
+own as for the rows. One kernel serves forward, backward and, for losses that hold the logits
+themselves, both at once, over the logits.
 """
 
 import functools
@@ -34,7 +35,6 @@ from liger_fn.functional.core.launch import (
     has_work,
     next_power_of_2,
     per_row,
-    rows_of,
     tl,
     triton,
     triton_dtype,
@@ -106,9 +106,28 @@ def reduced(
 
 
 def reference_mean(
-    loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    dims: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> Tensor:
+    """The mean over the last `dims` dimensions of rows."""
+    loss = reference_rows(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
+    )
+    loss, target = _flat(loss, dims), _flat(target, dims)
     return loss.sum(-1) / weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
+
+
+def _flat(t: Tensor, dims: int) -> Tensor:
+    """Make the last dimensions, or none, one."""
+    outer = t.dim() - dims
+    return t.reshape(*t.shape[:outer], math.prod(t.shape[outer:]))
 
 
 def mean(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -438,17 +457,18 @@ _cross_entropy = custom_vjp(
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _mean_kernel(
-    loss_ptr, target_ptr, class_weight_ptr, mean_ptr, weight_ptr,
-    loss_stride_b, target_stride_b, N, V, ignore_index,
+    loss_ptr, target_ptr, class_weight_ptr, mean_ptr, weight_ptr, N, V, ignore_index,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    loss_ptr += b * N
+    target_ptr += b * N
     COMPUTE: tl.constexpr = loss_ptr.dtype.element_ty
     losses, weights = tl.zeros((BLOCK_N,), COMPUTE), tl.zeros((BLOCK_N,), COMPUTE)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        losses += tl.load(loss_ptr + b * loss_stride_b + n, mask=n < N, other=0.0)
-        t = tl.load(target_ptr + b * target_stride_b + n, mask=n < N, other=0).to(tl.int64)
+        losses += tl.load(loss_ptr + n, mask=n < N, other=0.0)
+        t = tl.load(target_ptr + n, mask=n < N, other=0).to(tl.int64)
         counts = (n < N) & (t != ignore_index)
         if class_weight_ptr is None:
             weights += counts.to(COMPUTE)
@@ -464,6 +484,9 @@ def _mean_kernel(
     tl.store(weight_ptr + b, weight)
 
 
+# No dimension of rows is independent of the others, by which DTensor could spread them.
+_ALL_DIMS = 1 << 16
+
 # Beyond these one program takes longer than the whole chip does in several launches.
 _FEW_ROWS = 1 << 17
 
@@ -474,46 +497,81 @@ def _mean_config(N: int) -> dict:
     return {"BLOCK_N": block_n, "num_warps": max(1, block_n // 256)}
 
 
-def mean_fwd(
-    loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
+def _mean_of_rows(
+    loss: Tensor, target: Tensor, class_weight: Tensor | None, dims: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    if not loss.is_meta and loss.shape[-1] > _FEW_ROWS:
+    """Give the mean of dense losses over the last dimensions, and what it was divided by."""
+    outer = loss.dim() - dims
+    N = math.prod(loss.shape[outer:])
+    if not loss.is_meta and N > _FEW_ROWS:
+        loss, target = _flat(loss, dims), _flat(target, dims)
         weight = weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
         return loss.sum(-1) / weight, weight
-    mean = per_row(loss, loss.dtype)
+    mean = loss.new_empty(loss.shape[:outer])
     weight = torch.empty_like(mean)
 
     if has_work(mean):
-        N, V = loss.shape[-1], 0 if class_weight is None else len(class_weight)
-        (loss, loss_stride_b), (target, target_stride_b) = rows_of(loss), rows_of(target)
+        V = 0 if class_weight is None else len(class_weight)
         launch(
             _mean_kernel, (mean.numel(),),
-            loss, target, unit_stride(class_weight), mean, weight,
-            loss_stride_b, target_stride_b, N, V, ignore_index, **_mean_config(N),
+            loss, target, unit_stride(class_weight), mean, weight, N, V, ignore_index,
+            **_mean_config(N),
         )  # fmt: skip
     return mean, weight
 
 
-def mean_bwd(
-    loss: Tensor,
+def cross_entropy_mean_fwd(
+    logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
+    dims: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Both kernels read it so. Of sizes that a compiler does not know, nothing is asked on meta.
+    target = target if target.is_meta else unit_stride(target)
+    loss, lse = cross_entropy_fwd(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
+    )
+    mean, weight = _mean_of_rows(loss, target, class_weight, dims, ignore_index)
+    return mean, lse, weight
+
+
+def cross_entropy_mean_bwd(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    lse: Tensor,
     weight: Tensor,
     dmean: Tensor,
+    dims: int,
     ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> tuple[Tensor]:
-    return ((dmean / weight)[..., None].expand(loss.shape),)
+    dloss = dmean / weight
+    dloss = dloss.view((*dloss.shape, *[1] * dims)).expand(lse.shape)
+    return cross_entropy_bwd(
+        logits, target, class_weight, lse, dloss,
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+    )  # fmt: skip
 
 
-_mean_of_rows = custom_vjp(
-    "mean_of_rows",
+_cross_entropy_mean = custom_vjp(
+    "cross_entropy_mean",
     reference=reference_mean,
-    fwd=mean_fwd,
-    bwd=mean_bwd,
+    fwd=cross_entropy_mean_fwd,
+    bwd=cross_entropy_mean_bwd,
     results="mean",
-    residuals="weight",
-    grads="loss",
-    rows="loss target mean weight",
+    residuals="lse weight",
+    grads="logits",
+    rows="logits target mean lse weight",
+    core_dims=_ALL_DIMS,
 )
 
 
@@ -601,7 +659,7 @@ def cross_entropy(
         ValueError: a shape or device does not fit, an option is out of its range.
 
     Precision: float32 throughout (float64 for float64 logits); the gradient is rounded once.
-    Memory: logits, target and 4 bytes a row, of a mean 8, live until the backward pass, which
+    Memory: logits, target and 4 bytes a row live until the backward pass, which
         allocates the gradient.
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016 (label
         smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
@@ -615,12 +673,9 @@ def cross_entropy(
         "cross_entropy", logits, "logits", logits.shape[-1], class_weight, ignore_index, reduction,
         label_smoothing, z_loss, softcap, logit_scale,
     )  # fmt: skip
-    loss = _cross_entropy(
-        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
-    )
+    options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     # DTensor, which alone has placements, knows how to add up rows that are spread over devices.
-    if reduction != "mean" or hasattr(loss, "placements"):
-        return reduced(loss, target, class_weight, ignore_index, reduction)
-    if loss.dim() != 1:
-        loss, target = loss.reshape(-1), target.reshape(-1)
-    return _mean_of_rows(loss, target, class_weight, ignore_index)
+    if reduction == "mean" and not hasattr(logits, "placements"):
+        return _cross_entropy_mean(logits, target, class_weight, target.dim(), *options)
+    loss = _cross_entropy(logits, target, class_weight, *options)
+    return reduced(loss, target, class_weight, ignore_index, reduction)

@@ -141,8 +141,7 @@ EVERY_OPTION = {
 def mean_of_rows(N: int, weighted: bool) -> Compilation:
     kernel, config = room._mean_kernel, room._mean_config(N)
     warps = config.pop("num_warps")
-    sizes = ("loss_stride_b", "target_stride_b", "N", "V", "ignore_index")
-    types = {"target_ptr": "*i64"} | dict.fromkeys(sizes, "i32")
+    types = {"target_ptr": "*i64"} | dict.fromkeys(("N", "V", "ignore_index"), "i32")
     constants = config if weighted else config | {"class_weight_ptr": None}
     signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
     return Compilation(f"mean-{N}{'-weighted' * weighted}", kernel, signature, constants, warps)
