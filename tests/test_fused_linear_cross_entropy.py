@@ -87,7 +87,8 @@ def chosen(N, V, H, chunk_size=None, memory_budget=None):
     """The first chunk, the others, and whether they add up in float32."""
     weight = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
     wide = not Limits(chunk_size, memory_budget).two_chunks(N, weight)
-    plan = Limits(chunk_size, memory_budget, wide).plan(N, weight)
+    sums = weight.float() if wide else weight
+    plan = Limits(chunk_size, memory_budget).plan(N, weight, sums)
     assert sum(s.stop - s.start for s in plan.slices(N)) == N
     return plan.first, plan.rows, wide
 
@@ -108,6 +109,24 @@ def chosen(N, V, H, chunk_size=None, memory_budget=None):
 )
 def test_default_chunks(sizes, chunks):
     assert chosen(*sizes) == chunks
+
+
+def test_more_memory_is_for_a_sum_in_16_bits():
+    weight = torch.empty(128256, 2048, dtype=torch.bfloat16, device="meta")
+    rows = [Limits(None, None).plan(16384, weight, s).rows for s in (weight, weight.float(), None)]
+    assert rows == [9216, 4096, 4096]
+
+
+@pytest.mark.parametrize("needs_dweight", [False, True])
+def test_chunks_are_planned_for_the_sum(factors, monkeypatch, needs_dweight):
+    planned, plan = [], Limits.plan
+    monkeypatch.setattr(Limits, "plan", lambda *a: planned.append(a[-1]) or plan(*a))
+    needs = (needs_dweight, True, False)
+    _, dweight, *_ = room.fused_linear_cross_entropy_fwd(
+        *factors, *FIVE_AT_A_TIME, *OPTIONS, *needs
+    )
+    assert len(planned) == 1
+    assert planned[0] is dweight
 
 
 @pytest.mark.parametrize(

@@ -216,4 +216,4 @@ def test_the_budget_holds_both_logits():
     # By default two chunks, in the 1.25 GiB and the memory that sums in float32 would take.
     default = Limits(None, None, beside=2)
     assert default.two_chunks(8192, weight)
-    assert len(list(default.plan(8192, weight).slices(8192))) == 2
+    assert len(list(default.plan(8192, weight, weight).slices(8192))) == 2

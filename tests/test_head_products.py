@@ -206,7 +206,7 @@ def test_a_gradient_is_added_to_memory_that_begins_anywhere(head, device):
     assert not products.suits(weight, x, shifted)
     x = x.nan_to_num()
     for total in (plain, shifted):
-        limits, options = Limits(None, None, wide=True), (-100, 0.0, 0.0, None, 1.0)
+        limits, options = Limits(None, None), (-100, 0.0, 0.0, None, 1.0)
         sum_over_chunks(weight, x, y, None, None, None, limits, options, total, None, None, True)
     # Of 256 times the gradient of float16, for which logits may be rounded the other way.
     torch.testing.assert_close(shifted, plain, rtol=1e-3, atol=0.05)

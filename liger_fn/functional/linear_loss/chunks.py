@@ -40,9 +40,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a chunk; `wide` says that sums over chunks are held in float32.
-
-    Beside each logit there may be another's, of `beside` bytes: those of a teacher.
+    """What bounds a chunk; beside each logit there may be a teacher's, of `beside` bytes.
 
     Sums in 16 bits are rounded once a chunk. Of two chunks the first takes 7/16 of the rows: then
     the error of the sum is √(1 + 7/16) = 1.2 times that of one rounding. More chunks are added in
@@ -51,16 +49,16 @@ class Limits:
 
     chunk_size: int | None
     memory_budget: int | None
-    wide: bool = False
     beside: int = 0
 
-    def plan(self, N: int, weight: Tensor) -> Plan:
-        """Choose the chunks: few large products run at full speed."""
+    def plan(self, N: int, weight: Tensor, sums: Tensor | None = None) -> Plan:
+        """Choose the chunks, which add up in `sums`: few large products run at full speed."""
         if self.chunk_size is not None:
             most = self.chunk_size
         else:
             most, larger = self._most(weight), self._most(weight, with_sums=True)
-            if not self.wide and not _half(most, N) and _half(larger, N):
+            rounds = sums is not None and sums.itemsize == 2
+            if rounds and not _half(most, N) and _half(larger, N):
                 most = min(larger, cdiv(cdiv(9 * N, 16), 128) * 128)
         if most >= N:
             return Plan(N, N)
@@ -159,6 +157,7 @@ def logits_again(
     bias: Tensor | None,
     head: AllRows,
     limits: Limits,
+    sums: Tensor | None,
     kept: Tensor,
     donated: bool,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -171,7 +170,7 @@ def logits_again(
         kept = unit_stride(kept).view(N, -1)
         yield slice(0, N), kept[:, :V], (kept if donated else torch.empty_like(kept))[:, :V]
     else:
-        chunks = limits.plan(N, weight)
+        chunks = limits.plan(N, weight, sums)
         buffer = kept.new_empty((chunks.rows, width_of(V)))
         for rows, logits in logits_of(weight, bias, head, chunks.slices(N), buffer):
             yield rows, logits, logits

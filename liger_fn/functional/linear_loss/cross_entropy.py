@@ -160,7 +160,7 @@ def fused_linear_cross_entropy_fwd(
         return x.new_zeros((), dtype=acc), unit_dweight, unit_dx, unit_dbias
 
     loss = sum_over_chunks(
-        weight, x, y, bias, class_weight, row_weight, Limits(chunk_size, memory_budget, wide),
+        weight, x, y, bias, class_weight, row_weight, Limits(chunk_size, memory_budget),
         (ignore_index, label_smoothing, z_loss, softcap, logit_scale),
         unit_dweight, unit_dx, unit_dbias,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def sum_over_chunks(
 ) -> Tensor:  # fmt: skip
     """Give the loss, and write the gradients that are given; with `onto`, add to dweight."""
     (V, H), N = weight.shape, y.numel()
-    chunks = limits.plan(N, weight)
+    chunks = limits.plan(N, weight, dweight)
     head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), options[0], dweight=dweight)
     row_weight = None if row_weight is None else row_weight.reshape(-1)
     needed = any(t is not None for t in (dweight, dx, dbias))
@@ -324,7 +324,7 @@ def fused_linear_cross_entropy_rows_fwd(
             each = _without_logits(weight, bias, head, z_loss, softcap, logit_scale)
             return each[0].view(loss.shape), each[1].view(loss.shape), kept
         each_loss, each_lse = head.new_numbers(loss.view(-1), lse.view(-1))
-        limits = Limits(chunk_size, memory_budget, wide)
+        limits = Limits(chunk_size, memory_budget)
         with dtypes_as_given(x.device):
             for rows, logits in logits_to_keep(weight, bias, head, limits, kept):
                 launch_rows(
@@ -370,9 +370,9 @@ def fused_linear_cross_entropy_rows_bwd(
         head = rows_of_head(weight, x.reshape(N, H), y.reshape(-1), ignore_index, kept)
         lse, dloss = head.in_order(lse.reshape(-1)), head.in_order(dloss.reshape(-1))
         each_dx = None if dx is None else dx.view(N, H)
-        limits = Limits(chunk_size, memory_budget, wide)
+        limits = Limits(chunk_size, memory_budget)
         with dtypes_as_given(x.device):
-            for rows, logits, g in logits_again(weight, bias, head, limits, kept, donated):
+            for rows, logits, g in logits_again(weight, bias, head, limits, dweight, kept, donated):
                 launch_rows(
                     logits, head.y[rows], class_weight, lse[rows],
                     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
@@ -466,8 +466,9 @@ def fused_linear_cross_entropy(
             make the loss NaN. Rows that do not count then take neither time nor memory. None: they
             take memory; and time, unless x has 16 bits and the chip is a Hopper, whose products
             ask the device how many rows count (but for logits that are kept for "none").
-        memory_budget: bytes of logits held at once; None: 1.25 GiB; or, where only that leaves no
-            more than two chunks, the 4·V·H bytes of sums in float32 in addition.
+        memory_budget: bytes of logits held at once; None: 1.25 GiB; for a gradient of weight in 16
+            bits the 4·V·H bytes of sums in float32 in addition, where only these leave no more than
+            two chunks.
         accum_dtype: the dtype in which chunks add up, and in which the gradient of the weight of a
             mean or sum waits for the upstream one.
             None: the dtype of x (float32 for float16) for one chunk, or two of which the larger has

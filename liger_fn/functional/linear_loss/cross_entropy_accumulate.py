@@ -135,7 +135,7 @@ def fused_linear_cross_entropy_accumulate(
         if donate and dweight.is_contiguous()
         else dweight.detach().clone(memory_format=torch.contiguous_format)
     )
-    limits = Limits(chunk_size, memory_budget, wide=True)
+    limits = Limits(chunk_size, memory_budget)
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rest = (weight, y, bias, class_weight, row_weight, limits, options)
     if has_work(y) and kernels_on(x):

@@ -345,7 +345,7 @@ def _each_chunk(
     dx = None if dx is None else dx.view(x.shape)
     wanted = any(d is not None for d in (dweight, dx, dbias))
 
-    chunks, width = limits.plan(N, weight), width_of(V)
+    chunks, width = limits.plan(N, weight, dweight), width_of(V)
     buffer, teacher_buffer = (t.new_empty((chunks.rows, width)) for t in (x, teacher_x))
     with dtypes_as_given(x.device):
         both = zip(
@@ -398,7 +398,7 @@ def fused_linear_divergence_fwd(
             Head(weight, x, bias),
             Head(teacher_weight, teacher_x, teacher_bias),
             labels,
-            Limits(chunk_size, memory_budget, wide, teacher_x.itemsize),
+            Limits(chunk_size, memory_budget, teacher_x.itemsize),
             Terms(kind, beta, temperature, hard_weight, ignore_index),
             loss=loss,
             dloss=row_weight,
@@ -481,7 +481,7 @@ def fused_linear_divergence_rows_fwd(
             Head(weight, x, bias),
             Head(teacher_weight, teacher_x, teacher_bias),
             labels,
-            Limits(chunk_size, memory_budget, wide, teacher_x.itemsize),
+            Limits(chunk_size, memory_budget, teacher_x.itemsize),
             Terms(kind, beta, temperature, hard_weight, ignore_index),
             loss=loss,
         )
@@ -520,7 +520,7 @@ def fused_linear_divergence_rows_bwd(
             Head(weight, x, bias),
             Head(teacher_weight, teacher_x, teacher_bias),
             labels,
-            Limits(chunk_size, memory_budget, wide, teacher_x.itemsize),
+            Limits(chunk_size, memory_budget, teacher_x.itemsize),
             Terms(kind, beta, temperature, hard_weight, ignore_index),
             dloss=dloss,
             dweight=dweight,

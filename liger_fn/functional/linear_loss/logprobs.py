@@ -124,7 +124,7 @@ def fused_linear_logprobs_fwd(
     if has_work(of_all[0]):
         x, y = x.reshape(y.numel(), x.shape[-1]), y.reshape(-1)
         head = rows_of_head(weight, x, y, ignore_index, kept)
-        flat, limits = _flat(*of_all), Limits(chunk_size, memory_budget, wide)
+        flat, limits = _flat(*of_all), Limits(chunk_size, memory_budget)
         if isinstance(head, Counted) and not (need_dweight or need_dx or need_dbias):
             statistics(weight, bias, head, softcap, logit_scale, flat)
             return *of_all, kept
@@ -181,9 +181,9 @@ def fused_linear_logprobs_bwd(
             tuple(None if t is None else head.in_order(t) for t in _flat(*numbers))
             for numbers in ((highest, log_sum, entropy), (dlogp, dlse, dentropy))
         )
-        limits = Limits(chunk_size, memory_budget, wide)
+        limits = Limits(chunk_size, memory_budget)
         with dtypes_as_given(x.device):
-            for rows, logits, g in logits_again(weight, bias, head, limits, kept, donated):
+            for rows, logits, g in logits_again(weight, bias, head, limits, dweight, kept, donated):
                 launch_bwd(
                     logits, head.y[rows], softcap, logit_scale, ignore_index,
                     _of_chunk(of_rows, rows), _of_chunk(cotangents, rows), g, g.stride(0),

@@ -218,7 +218,7 @@ def fused_linear_selected_logprobs_bwd(
         dlse = -given.sum(-1)
         some = torch.zeros((N,), dtype=torch.int32, device=x.device)
         each_dx = None if dx is None else dx.view(N, H)
-        chunks = Limits(chunk_size, None, wide=held is not x.dtype).plan(N, weight)
+        chunks = Limits(chunk_size, None).plan(N, weight, dweight)
         buffer = x.new_empty((chunks.rows, width_of(V)))
         with dtypes_as_given(x.device):
             for rows, logits in logits_of(weight, bias, head, chunks.slices(N), buffer):
