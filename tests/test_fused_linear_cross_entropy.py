@@ -86,9 +86,9 @@ def test_no_tensor_is_larger_than_the_chunk_or_the_weight(factors):
 def chosen(N, V, H, chunk_size=None, memory_budget=None):
     """The first chunk, the others, and whether they add up in float32."""
     weight = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
-    wide = not Limits(chunk_size, memory_budget).two_chunks(N, weight)
-    sums = weight.float() if wide else weight
-    plan = Limits(chunk_size, memory_budget).plan(N, weight, sums)
+    limits = Limits(chunk_size, memory_budget)
+    wide = not limits.two_chunks(N, weight)
+    plan = limits.plan(N, weight, weight.float() if wide else weight)
     assert sum(s.stop - s.start for s in plan.slices(N)) == N
     return plan.first, plan.rows, wide
 

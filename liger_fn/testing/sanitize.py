@@ -49,8 +49,9 @@ class Verdict:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ops, print the table, and return 1 if a tool found something or could not run."""
     options = _parser().parse_args(arguments)
+    dtypes = [dtype for dtype in DTYPES if dtype in (options.dtype or DTYPES)]
     if options.here:
-        run_here(options.ops, options.dtype or tuple(DTYPES))
+        run_here(options.ops, dtypes)
         return 0
 
     from liger_fn.testing.specs import specs
@@ -69,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ops, out = options.ops or known, Path(options.out)
     tools = [tool for tool in TOOLS if tool in (options.tool or TOOLS)]
-    dtypes = [dtype for dtype in DTYPES if dtype in (options.dtype or DTYPES)]
     verdicts = list(_all(program, ops, dtypes, tools, options.jobs, out))
     print(table(verdicts, ops))
     wrong = sum(bool(v.fault) for v in verdicts)

@@ -120,8 +120,16 @@ def reference_mean(
     loss = reference_rows(
         logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
     )
+    return _mean_and_weight(loss, target, class_weight, dims, ignore_index)[0]
+
+
+def _mean_and_weight(
+    loss: Tensor, target: Tensor, class_weight: Tensor | None, dims: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The mean over the last dimensions, and what it was divided by."""
     loss, target = _flat(loss, dims), _flat(target, dims)
-    return loss.sum(-1) / weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
+    weight = weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
+    return loss.sum(-1) / weight, weight
 
 
 def _flat(t: Tensor, dims: int) -> Tensor:
@@ -500,13 +508,11 @@ def _mean_config(N: int) -> dict:
 def _mean_of_rows(
     loss: Tensor, target: Tensor, class_weight: Tensor | None, dims: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Give the mean of dense losses over the last dimensions, and what it was divided by."""
+    """Give the same of dense losses and targets, by one kernel unless there are too many."""
     outer = loss.dim() - dims
     N = math.prod(loss.shape[outer:])
     if not loss.is_meta and N > _FEW_ROWS:
-        loss, target = _flat(loss, dims), _flat(target, dims)
-        weight = weight_of(target, class_weight, ignore_index, loss.dtype, dim=-1)
-        return loss.sum(-1) / weight, weight
+        return _mean_and_weight(loss, target, class_weight, dims, ignore_index)
     mean = loss.new_empty(loss.shape[:outer])
     weight = torch.empty_like(mean)
 
