@@ -7,8 +7,8 @@
 
 Memory traffic in bytes per element of a 2-byte x: 4 forward (read x, write y), 6 backward (read x
 and dy, write dx), and the mask, which neighbouring rows often share and find in the cache. `top`
-and `total`, 8 bytes a row, are kept, and y is computed again from them: it is then as exact as in
-the forward pass, where a rounded y, or one sum top + log(total), would lose digits.
+and `total` are kept side by side, 8 bytes a row, and y is computed again from them: it is then as
+exact as in the forward pass, where a rounded y, or one sum top + log(total), would lose digits.
 
 A row that fits into a program's registers is read once. A wider one is read twice, the second time
 backwards: what was read last is still in the first- and second-level cache. The first time it asks
@@ -27,14 +27,13 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
-from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks, with_block
+from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks, times, with_block
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
     dense_like,
     has_work,
     next_power_of_2,
-    per_row,
     rows_of,
     shared_memory,
     tl,
@@ -95,7 +94,7 @@ def _logits(
 
 @triton.jit(do_not_specialize=["N", "H", "T"])
 def _softmax_fwd_kernel(
-    x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
+    x_ptr, mask_ptr, y_ptr, top_total_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D, N,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWEST: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -117,8 +116,9 @@ def _softmax_fwd_kernel(
         total = tl.where(total == 0.0, 1.0, total)
 
     tl.store(y_ptr + row[:, None] * D + col, e * (1.0 / total)[:, None], mask=inside)
-    tl.store(top_ptr + row, top, mask=row < N)
-    tl.store(total_ptr + row, total, mask=row < N)
+    if top_total_ptr is not None:
+        tl.store(top_total_ptr + 2 * row, top, mask=row < N)
+        tl.store(top_total_ptr + 2 * row + 1, total, mask=row < N)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _anew(x, zero):
 
 @triton.jit(do_not_specialize=["H", "T"])
 def _softmax_fwd_wide_kernel(
-    x_ptr, mask_ptr, y_ptr, top_ptr, total_ptr,
+    x_ptr, mask_ptr, y_ptr, top_total_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, H, T, D,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWEST: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
@@ -170,8 +170,9 @@ def _softmax_fwd_wide_kernel(
     zero = (total < 0.0).to(tl.int16)
     if HAS_MASK or CAUSAL:
         total = tl.where(total == 0.0, 1.0, total)
-    tl.store(top_ptr + row, top)
-    tl.store(total_ptr + row, total)
+    if top_total_ptr is not None:
+        tl.store(top_total_ptr + 2 * row, top)
+        tl.store(top_total_ptr + 2 * row + 1, total)
 
     over = 1.0 / total
     for i in tl.static_range(HELD):
@@ -251,29 +252,32 @@ def _launch(kernel: Bound, N: int, *args: Any) -> None:
         kernel((N,), *args)
 
 
-def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, mask, scale, causal=False)
+def softmax_fwd(
+    x: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+) -> tuple[Tensor, Tensor | None]:
+    return _forward(x, mask, scale, causal=False, keep=need_dx)
 
 
-def causal_softmax_fwd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def causal_softmax_fwd(x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
     """The same of square x (..., D, D), of which row i sees columns 0 to i; no mask is read."""
-    return _forward(x, None, 1.0, causal=True)
+    return _forward(x, None, 1.0, causal=True, keep=keep)
 
 
 def _forward(
-    x: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = dense_like(x)
-    top = per_row(x, accumulator(x.dtype))
-    total = torch.empty_like(top)
+    x: Tensor, mask: Tensor | None, scale: float, causal: bool, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    y, top_total = dense_like(x), None
+    if keep:
+        top_total = x.new_empty(*x.shape[:-1], 2, dtype=accumulator(x.dtype))
 
     if has_work(y):
-        N, D = top.numel(), x.shape[-1]
+        D = x.shape[-1]
+        N = x.numel() // D
         x, x_stride_n = rows_of(x)
         mask, (H, T), mask_strides = _rows_of_mask(mask)
         kernel = _softmax_fwd_with(D, scale, mask is not None, causal, x.dtype)
-        _launch(kernel, N, x, mask, y, top, total, x_stride_n, *mask_strides, H, T, D)
-    return y, top, total
+        _launch(kernel, N, x, mask, y, top_total, x_stride_n, *mask_strides, H, T, D)
+    return y, top_total
 
 
 def _rows_of_mask(
@@ -297,9 +301,13 @@ def _rows_of_mask(
     return mask.view(torch.uint8), (H, T), (b, h, t, mask.stride(-1))
 
 
+# Wider rows have several numbers a lane, whatever their alignment (triton 3.6 to 3.9).
+_ONE_A_LANE = tl.constexpr(128)
+
+
 @triton.jit(do_not_specialize=["N", "H", "T"])
 def _softmax_bwd_kernel(
-    x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
+    x_ptr, mask_ptr, top_total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n,
     H, T, D, N,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -314,11 +322,11 @@ def _softmax_bwd_kernel(
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)[:, None]
     z = _load_logits(x_ptr, mask_ptr, col, mask_stride_d, seen, SCALE, HAS_MASK, COMPUTE, "")
     dy = tl.load(dy_ptr + row[:, None] * dy_stride_n + col, mask=seen, other=0.0).to(COMPUTE)
-    top = tl.load(top_ptr + row, mask=row < N, other=0.0)
-    total = tl.load(total_ptr + row, mask=row < N, other=1.0)
+    top = tl.load(top_total_ptr + 2 * row, mask=row < N, other=0.0)
+    total = tl.load(top_total_ptr + 2 * row + 1, mask=row < N, other=1.0)
 
     y = exp_of(z - top[:, None]) * (1.0 / total)[:, None]
-    dot = tl.sum(dy * y, axis=1)
+    dot = tl.sum(times(dy, y, _ONE_A_LANE), axis=1)
     dx = y * (dy - dot[:, None]) * SCALE
 
     tl.store(dx_ptr + row[:, None] * D + col, dx, mask=inside)
@@ -326,7 +334,7 @@ def _softmax_bwd_kernel(
 
 @triton.jit(do_not_specialize=["H", "T"])
 def _softmax_bwd_wide_kernel(
-    x_ptr, mask_ptr, top_ptr, total_ptr, dy_ptr, dx_ptr,
+    x_ptr, mask_ptr, top_total_ptr, dy_ptr, dx_ptr,
     x_stride_n, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_d, dy_stride_n, H, T, D,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
@@ -338,8 +346,8 @@ def _softmax_bwd_wide_kernel(
     dy_ptr += row * dy_stride_n
     if HAS_MASK:
         mask_ptr += _mask_offset(row, H, T, mask_stride_b, mask_stride_h, mask_stride_t)
-    top = tl.load(top_ptr + row)
-    over = 1.0 / tl.load(total_ptr + row)
+    top = tl.load(top_total_ptr + 2 * row)
+    over = 1.0 / tl.load(top_total_ptr + 2 * row + 1)
     last = (D - 1) // BLOCK_D * BLOCK_D
     # Where the blocks begin that registers hold.
     kept = last + BLOCK_D - HELD * BLOCK_D
@@ -420,24 +428,22 @@ def _softmax_bwd_with(
 def softmax_bwd(
     x: Tensor,
     mask: Tensor | None,
-    top: Tensor,
-    total: Tensor,
+    top_total: Tensor,
     dy: Tensor,
     scale: float,
 ) -> tuple[Tensor]:
-    return _backward(x, mask, top, total, dy, scale, causal=False)
+    return _backward(x, mask, top_total, dy, scale, causal=False)
 
 
-def causal_softmax_bwd(x: Tensor, top: Tensor, total: Tensor, dy: Tensor) -> tuple[Tensor]:
+def causal_softmax_bwd(x: Tensor, top_total: Tensor, dy: Tensor) -> tuple[Tensor]:
     """The same of square x; dy past the diagonal is not read."""
-    return _backward(x, None, top, total, dy, 1.0, causal=True)
+    return _backward(x, None, top_total, dy, 1.0, causal=True)
 
 
 def _backward(
     x: Tensor,
     mask: Tensor | None,
-    top: Tensor,
-    total: Tensor,
+    top_total: Tensor,
     dy: Tensor,
     scale: float,
     causal: bool,
@@ -445,14 +451,15 @@ def _backward(
     dx = dense_like(x)
 
     if has_work(dx):
-        N, D = top.numel(), x.shape[-1]
+        D = x.shape[-1]
+        N = x.numel() // D
         (x, x_stride_n), (dy, dy_stride_n) = rows_of(x), rows_of(dy)
-        top, total = unit_stride(top), unit_stride(total)
+        top_total = unit_stride(top_total)
         mask, (H, T), mask_strides = _rows_of_mask(mask)
         strides = x_stride_n, *mask_strides, dy_stride_n
         hopper = shared_memory(x.device) >= 220_000
         kernel = _softmax_bwd_with(D, scale, mask is not None, causal, x.dtype, hopper)
-        _launch(kernel, N, x, mask, top, total, dy, dx, *strides, H, T, D)
+        _launch(kernel, N, x, mask, top_total, dy, dx, *strides, H, T, D)
     return (dx,)
 
 
@@ -462,9 +469,9 @@ _softmax = custom_vjp(
     fwd=softmax_fwd,
     bwd=softmax_bwd,
     results="y",
-    residuals="top total",
+    residuals="top_total",
     grads="x",
-    rows="x mask y top total",
+    rows="x mask y top_total",
 )
 
 

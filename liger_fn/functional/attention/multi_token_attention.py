@@ -99,12 +99,12 @@ def _fixed_order() -> Iterator[None]:
             cudnn.deterministic, cudnn.benchmark = before
 
 
-def _probabilities(scores: Tensor, sparse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The weights of attention (B, H, T, T), and what the softmax keeps of its rows."""
+def _probabilities(scores: Tensor, sparse: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """The weights of attention (B, H, T, T), and what the softmax is to keep of its rows."""
     scores = scores.reshape(-1, *scores.shape[-3:])
     if sparse:
-        return *sparsemax.causal_sparsemax_fwd(scores), None, None
-    return softmax.causal_softmax_fwd(scores)
+        return *sparsemax.causal_sparsemax_fwd(scores), None
+    return softmax.causal_softmax_fwd(scores, keep)
 
 
 def multi_token_attention_fwd(
@@ -120,7 +120,7 @@ def multi_token_attention_fwd(
     groups: int,
     sparse: bool,
 ) -> tuple[Tensor]:
-    p, _, _ = _probabilities(scores, sparse)
+    p, _ = _probabilities(scores, sparse, keep=False)
     padding, dilation = (padding_q, padding_k), (dilation_q, dilation_k)
     if _mixes_few(weight, stride_q, stride_k, groups):
         y = causal_conv_fwd(p, weight, bias, padding, dilation, groups)
@@ -168,7 +168,7 @@ def multi_token_attention_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    p, top, total = _probabilities(scores, sparse)
+    p, top_total = _probabilities(scores, sparse, keep=True)
     dy = dy.reshape(-1, *dy.shape[-3:])
     padding, dilation = (padding_q, padding_k), (dilation_q, dilation_k)
     wanted = need_dscores, need_dweight, need_dbias
@@ -187,7 +187,7 @@ def multi_token_attention_bwd(
             (dscores,) = sparsemax.sparsemax_bwd(p, p, dp)
         else:
             flat = scores.reshape(p.shape)
-            (dscores,) = softmax.causal_softmax_bwd(flat, top, total, dp)
+            (dscores,) = softmax.causal_softmax_bwd(flat, top_total, dp)
         dscores = dscores.view(scores.shape)
     return dscores, dweight, dbias
 

@@ -54,7 +54,7 @@ def compilation(id: str, kernel, config: dict, **flags) -> Compilation:
     constants = {"SCALE": 0.125, "HAS_MASK": False, "CAUSAL": False}
     constants |= {"COMPUTE": tl.float32, **flags, **config}
     warps, most = constants.pop("num_warps"), constants.pop("maxnreg", None)
-    types = {"mask_ptr": "*u8", "top_ptr": "*fp32", "total_ptr": "*fp32"}
+    types = {"mask_ptr": "*u8", "top_total_ptr": "*fp32"}
     runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
     signature = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in runtime}
     return Compilation(id, kernel, signature, constants, warps, maxnreg=most)
