@@ -48,9 +48,11 @@ def times(a, b, UP_TO: tl.constexpr = 256):
     Where a lane has one product, the compiler would fuse it with the sum of two lanes: each rounds
     the other's alone. Of sums that differ so, shared memory keeps whichever the hardware likes. So
     products of up to so many columns, of which a lane may have one, are rounded by themselves,
-    which takes an instruction more.
+    which takes an instruction more. UP_TO is None where a lane may have one of any number: rows
+    that do not lie in whole vectors are loaded a number at a time, and neighbours are then in other
+    lanes, or the rows of a column are (triton 3.9).
     """
-    if a.shape[len(a.shape) - 1] <= UP_TO:
+    if UP_TO is None or a.shape[len(a.shape) - 1] <= UP_TO:
         product = tl.fma(a, b, tl.zeros_like(a))
     else:
         product = a * b

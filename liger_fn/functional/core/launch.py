@@ -89,6 +89,14 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
+def in_vectors(*tensors: Tensor) -> bool:
+    """Say whether rows (..., D) of all of these lie in whole vectors, as far as Triton can tell."""
+    return all(
+        x.data_ptr() % 16 == 0 and not any(n % 16 for n in (x.shape[-1], *x.stride()[:-1]))
+        for x in tensors
+    )
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

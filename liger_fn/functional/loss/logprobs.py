@@ -26,11 +26,12 @@ from torch import Tensor
 from liger_fn.functional.core import check
 from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
-from liger_fn.functional.core.kernels import columns_of, exp_of
+from liger_fn.functional.core.kernels import columns_of, exp_of, times
 from liger_fn.functional.core.launch import (
     accumulator,
     cdiv,
     has_work,
+    in_vectors,
     next_power_of_2,
     tl,
     triton,
@@ -144,7 +145,8 @@ def _logprobs_fwd_kernel(
     logp_ptr, lse_ptr, entropy_ptr, top1_ptr, highest_ptr, log_sum_ptr,
     logits_stride_b, logits_stride_t, T, V, width, ignore_index,
     CAP: tl.constexpr, SCALE: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr,
-    PADDED: tl.constexpr, LOWEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
+    PADDED: tl.constexpr, LOWEST: tl.constexpr, IN_VECTORS: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += (row // T) * logits_stride_b + (row % T) * logits_stride_t
@@ -176,7 +178,7 @@ def _logprobs_fwd_kernel(
             # Σ e^(z − top) · (z − top): a sum of small terms, whatever number all logits share.
             # Where e is 0, d may be −∞.
             moments = shrink * moments + _product_or_0(shrink, rise) * sums
-            moments += tl.sum(e * tl.maximum(d, -1e4), axis=1)
+            moments += tl.sum(times(e, tl.maximum(d, -1e4), 0 if IN_VECTORS else None), axis=1)
         sums = shrink * sums + tl.sum(e, axis=1)
         top = higher
 
@@ -294,6 +296,7 @@ def launch_fwd(
         ignore_index,
         CAP=softcap, SCALE=logit_scale, ENTROPY=entropy is not None, TOP1=top1 is not None,
         PADDED=width is not None, LOWEST=torch.finfo(lse.dtype).min,
+        IN_VECTORS=entropy is None or in_vectors(logits),
         COMPUTE=triton_dtype(lse.dtype), **_logprobs_config(V),
     )  # fmt: skip
 

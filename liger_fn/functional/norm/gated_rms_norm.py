@@ -89,6 +89,11 @@ def reference(
     return (y if gate_first else y * act).to(x.dtype)
 
 
+# A program has so many rows that, where these do not lie in whole vectors, a lane has one number of
+# each that is no wider (triton 3.9).
+_ONE_A_LANE = tl.constexpr(512)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _gated_rms_norm_fwd_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr,
@@ -116,7 +121,7 @@ def _gated_rms_norm_fwd_kernel(
             act, _ = activate(gate[i], ACTIVATION, 1.0, FAST)
             gated += (h[i] * act,)
         h = gated
-    rstd = tl.math.rsqrt(row_dots(h, h, PIECES) / D + EPS)
+    rstd = tl.math.rsqrt(row_dots(h, h, PIECES, _ONE_A_LANE) / D + EPS)
     tl.store(rstd_ptr + row * tl.num_programs(1) + group, rstd, mask=in_n)
 
     for i in tl.static_range(PIECES):
@@ -227,7 +232,7 @@ def _gated_rms_norm_bwd_kernel(
             g += (through,)
         dweight = dweight_next
 
-        along = (row_dots(g, hhat, PIECES) / D)[:, None]
+        along = (row_dots(g, hhat, PIECES, _ONE_A_LANE) / D)[:, None]
         for i in tl.static_range(PIECES):
             dx = rstd * (g[i] - hhat[i] * along)
             if GATE_FIRST:

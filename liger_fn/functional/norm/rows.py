@@ -98,9 +98,9 @@ _ONE_A_LANE = tl.constexpr(32)
 
 
 @triton.jit
-def row_dots(a, b, PIECES: tl.constexpr):
-    """Give Σ a · b of each row."""
-    products = times(a[0], b[0], _ONE_A_LANE)
+def row_dots(a, b, PIECES: tl.constexpr, UP_TO: tl.constexpr = _ONE_A_LANE):
+    """Give Σ a · b of each row; UP_TO is that of `times`."""
+    products = times(a[0], b[0], UP_TO)
     for i in tl.static_range(1, PIECES):
         products += a[i] * b[i]
     return tl.sum(products, axis=1)

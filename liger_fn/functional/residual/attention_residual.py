@@ -32,6 +32,7 @@ from liger_fn.functional.core.launch import (
     cdiv,
     dense_like,
     has_work,
+    in_vectors,
     next_power_of_2,
     shared_memory,
     sm_count,
@@ -100,9 +101,10 @@ def _load_token(ptr, row, stride_n, stride_l, inside, depth, D, BLOCK_D: tl.cons
 def _attention_residual_fwd_kernel(
     values_ptr, query_ptr, out_ptr, score_ptr, rstd_ptr,
     values_stride_n, values_stride_l, N, L, D,
-    EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    EPS: tl.constexpr, COMPUTE: tl.constexpr, IN_VECTORS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    up_to: tl.constexpr = 256 if IN_VECTORS else None
     depth = tl.arange(0, BLOCK_L)
     in_l = (depth < L)[None, :]
     query = load_features(query_ptr, 0, D, COMPUTE, BLOCK_D)[None, :, :]
@@ -124,7 +126,7 @@ def _attention_residual_fwd_kernel(
         at = row[:, None] * L + depth[None, :]
         tl.store(score_ptr + at, score, mask=inside)
         tl.store(rstd_ptr + at, rstd, mask=inside)
-        out = tl.sum(times(v, alpha[:, :, None]), axis=1)
+        out = tl.sum(times(v, alpha[:, :, None], up_to), axis=1)
         store_block(out_ptr, row, D, in_n, 0, D, out, BLOCK_D)
 
 
@@ -138,9 +140,10 @@ def _in_threads(t, GROUP: tl.constexpr):
 def _attention_residual_fwd_wide_kernel(
     values_ptr, query_ptr, out_ptr, score_ptr, rstd_ptr,
     values_stride_n, values_stride_l, L, D,
-    EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    EPS: tl.constexpr, COMPUTE: tl.constexpr, IN_VECTORS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    up_to: tl.constexpr = 256 if IN_VECTORS else None
     row = tl.program_id(0).to(tl.int64)
     depth = tl.arange(0, BLOCK_L).to(tl.int64)
     in_l = depth < L
@@ -152,8 +155,9 @@ def _attention_residual_fwd_wide_kernel(
     for start in range(0, D, BLOCK_D):
         query = load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
         v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
-        squares += _in_threads(v * v, GROUP)
-        dots += _in_threads(v * query, GROUP)
+        # Of more depths LLVM aborts where it may fuse both sums (triton 3.6, queries of 2 bytes).
+        squares += _in_threads(times(v, v, up_to if BLOCK_L <= 16 else None), GROUP)
+        dots += _in_threads(times(v, query, up_to), GROUP)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + EPS)
     score = tl.sum(dots, axis=1) * rstd
     alpha = _softmax(score, in_l, 0)
@@ -165,7 +169,8 @@ def _attention_residual_fwd_wide_kernel(
         start = (D - 1 - done) // BLOCK_D * BLOCK_D
         v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
         col = start + tl.arange(0, BLOCK_D)
-        tl.store(out_ptr + row * D + col, tl.sum(times(v, alpha[:, None]), axis=0), mask=col < D)
+        out = tl.sum(times(v, alpha[:, None], up_to), axis=0)
+        tl.store(out_ptr + row * D + col, out, mask=col < D)
 
 
 @triton.jit(do_not_specialize=["N", "L"])
@@ -173,9 +178,10 @@ def _attention_residual_bwd_kernel(
     values_ptr, query_ptr, score_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
     values_stride_n, values_stride_l, dout_stride_n, dvalues_stride_n, dvalues_stride_l,
     N, L, D,
-    COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, IN_VECTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    up_to: tl.constexpr = 256 if IN_VECTORS else None
     depth = tl.arange(0, BLOCK_L)
     in_l = (depth < L)[None, :]
     col = tl.arange(0, BLOCK_D)
@@ -200,7 +206,7 @@ def _attention_residual_bwd_kernel(
         dalpha = tl.sum(times(v, dout), axis=2)
         ds = alpha * (dalpha - tl.sum(times(alpha, dalpha), axis=1)[:, None])
         along_query = ds * rstd
-        dquery += tl.sum(times(v, along_query[:, :, None]), axis=1)
+        dquery += tl.sum(times(v, along_query[:, :, None], up_to), axis=1)
         if dvalues_ptr is not None:
             along_v = along_query * rstd * score / D
             dv = alpha[:, :, None] * dout + along_query[:, :, None] * query
@@ -219,8 +225,10 @@ def _attention_residual_bwd_wide_kernel(
     values_ptr, query_ptr, score_ptr, rstd_ptr, dout_ptr, dvalues_ptr, dquery_part_ptr,
     values_stride_n, values_stride_l, dout_stride_n, dvalues_stride_n, dvalues_stride_l,
     N, L, D, strip,
-    COMPUTE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr, IN_VECTORS: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    up_to: tl.constexpr = 256 if IN_VECTORS else None
     program = tl.program_id(0).to(tl.int64)
     depth = tl.arange(0, BLOCK_L).to(tl.int64)
     in_l = depth < L
@@ -243,7 +251,7 @@ def _attention_residual_bwd_wide_kernel(
         for start in range(0, D, BLOCK_D):
             dout = load_features(dout_row, start, D, COMPUTE, BLOCK_D)
             v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
-            to_dout += _in_threads(v * dout, GROUP)
+            to_dout += _in_threads(times(v, dout, up_to), GROUP)
         alpha = _softmax(score, in_l, 0)
         dalpha = tl.sum(to_dout, axis=1)
         ds = alpha * (dalpha - tl.sum(times(alpha, dalpha), axis=0))
@@ -256,7 +264,7 @@ def _attention_residual_bwd_wide_kernel(
             v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
             col = start + tl.arange(0, BLOCK_D)
             if dquery_part_ptr is not None:
-                share = tl.sum(times(v, along_query), axis=0)
+                share = tl.sum(times(v, along_query, up_to), axis=0)
                 share += tl.load(dquery_part_ptr + col, mask=col < D, other=0.0)
                 tl.store(dquery_part_ptr + col, share, mask=col < D)
             if dvalues_ptr is not None:
@@ -323,7 +331,8 @@ def attention_residual_fwd(
         launch(
             kernel, (programs,),
             values, query, out, score, rstd, *values.stride()[:2], *sizes,
-            EPS=eps, COMPUTE=triton_dtype(score.dtype), **config,
+            EPS=eps, COMPUTE=triton_dtype(score.dtype), IN_VECTORS=in_vectors(values, query),
+            **config,
         )  # fmt: skip
     return out, score, rstd
 
@@ -362,7 +371,7 @@ def attention_residual_bwd(
         kernel, (programs,),
         values, query, score, rstd, dout, dvalues, part,
         *values.stride()[:2], dout.stride(0), *dvalues_strides, *sizes,
-        COMPUTE=triton_dtype(rstd.dtype), **config,
+        COMPUTE=triton_dtype(rstd.dtype), IN_VECTORS=in_vectors(values, query, dout), **config,
     )  # fmt: skip
     (dquery,) = sums_of_parts([part], [query if need_dquery else None])
     return dvalues, dquery

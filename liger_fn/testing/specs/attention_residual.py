@@ -1,6 +1,7 @@
 """Facts about attention_residual."""
 
 import inspect
+from itertools import product
 
 import torch
 import triton.language as tl
@@ -45,24 +46,26 @@ def as_models_write_it(values, query, weight=None, *, dim=0, eps=1e-6):
 
 def kernels() -> list[Compilation]:
     out = []
-    for L, D in ((8, 4096), (16, 2048), (9, 7168), (64, 4096), (12, 128)):
-        for passed in ("fwd", "bwd"):
-            config = room._attention_residual_config(L, D, 2, 1 << 18, passed == "bwd")
-            wide = "" if config.pop("per_sm", None) else "_wide"
-            kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
-            constants = {
-                "COMPUTE": tl.float32,
-                **({"EPS": 1e-6} if passed == "fwd" else {}),
-                **config,
-            }
-            warps = constants.pop("num_warps")
-            runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
-            floats = ("query_ptr", "score_ptr", "rstd_ptr", "dquery_part_ptr")
-            signature = {
-                n: "*fp32" if n in floats else "*bf16" if n.endswith("_ptr") else "i32"
-                for n in runtime
-            }
-            out.append(Compilation(f"{passed}-{L}x{D}", kernel, signature, constants, warps))
+    shapes = (8, 4096), (16, 2048), (9, 7168), (24, 5120), (64, 4096), (12, 128)
+    # A query times a weight is in float32; one alone is as it was given.
+    for (L, D), passed, query in product(shapes, ("fwd", "bwd"), ("*fp32", "*bf16")):
+        config = room._attention_residual_config(L, D, 2, 1 << 18, passed == "bwd")
+        wide = "" if config.pop("per_sm", None) else "_wide"
+        kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
+        constants = {
+            "COMPUTE": tl.float32,
+            "IN_VECTORS": True,
+            **({"EPS": 1e-6} if passed == "fwd" else {}),
+            **config,
+        }
+        warps = constants.pop("num_warps")
+        runtime = [n for n in inspect.signature(kernel.fn).parameters if n not in constants]
+        types = {"query_ptr": query} | dict.fromkeys(
+            ("score_ptr", "rstd_ptr", "dquery_part_ptr"), "*fp32"
+        )
+        signature = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in runtime}
+        id = f"{passed}-{L}x{D}-{query.removeprefix('*')}"
+        out.append(Compilation(id, kernel, signature, constants, warps))
     return out
 
 

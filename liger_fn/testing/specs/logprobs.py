@@ -76,7 +76,8 @@ def compilation_fwd(id: str, V: int, dtype: str = "*bf16", **options) -> Compila
         ("logits_stride_b", "logits_stride_t", "T", "V", "width", "ignore_index"), "i32"
     )
     constants = {"CAP": None, "SCALE": 1.0, "ENTROPY": False, "TOP1": False, "PADDED": False}
-    constants |= {"LOWEST": torch.finfo(torch.float32).min, "COMPUTE": tl.float32}
+    constants |= {"IN_VECTORS": True, "COMPUTE": tl.float32}
+    constants |= {"LOWEST": torch.finfo(torch.float32).min}
     if dtype == "*fp64":
         constants |= {"LOWEST": torch.finfo(torch.float64).min, "COMPUTE": tl.float64}
     config = room._logprobs_config(V)
