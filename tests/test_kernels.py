@@ -28,7 +28,7 @@ def kernel(a_ptr, b_ptr, sum_ptr, UP_TO: tl.constexpr, D: tl.constexpr):
     tl.store(sum_ptr + row, tl.sum(times(a, b, UP_TO), axis=1))
 
 pointers = dict.fromkeys(("a_ptr", "b_ptr", "sum_ptr"), "*fp32")
-constants = {"UP_TO": int(sys.argv[1]), "D": int(sys.argv[2])}
+constants = {"UP_TO": eval(sys.argv[1]), "D": int(sys.argv[2])}
 source = ASTSource(kernel, pointers | dict.fromkeys(constants, "constexpr"), constants, {})
 options = OPTIONS | {"num_warps": max(1, constants["D"] // 32)}
 print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
@@ -43,7 +43,7 @@ def test_no_lane_fuses_its_product_with_that_of_another(D, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
 
-    def fused(up_to: int) -> list[str]:
+    def fused(up_to: int | None) -> list[str]:
         command = [sys.executable, str(script), str(up_to), str(D)]
         run = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
         ptx = subprocess.run(command, **run, check=True).stdout
@@ -53,3 +53,4 @@ def test_no_lane_fuses_its_product_with_that_of_another(D, tmp_path):
 
     assert fused(D - 1)
     assert not fused(D)
+    assert not fused(None)

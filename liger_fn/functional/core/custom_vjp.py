@@ -27,7 +27,7 @@ tests guard them.
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ _JVP = _C._functorch.TransformType.Jvp
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 _functorch_active = _C._are_functorch_transforms_active
+_is_batched = _C._functorch.is_legacy_batchedtensor
 _dispatch_modes = _C._len_torch_dispatch_stack
 _any_requires_grad = _C._any_requires_grad
 _autocast_active = _C._is_any_autocast_enabled
@@ -157,7 +158,7 @@ def watched(args: Sequence[Any]) -> bool:
 
 def _batched(cotangents: Sequence[torch.Tensor | None]) -> bool:
     """Say whether autograd pulls back many cotangents at once (`is_grads_batched`)."""
-    return any(c is not None and _C._functorch.is_legacy_batchedtensor(c) for c in cotangents)
+    return any(c is not None and _is_batched(c) for c in cotangents)
 
 
 def forward_mode() -> bool:
@@ -365,15 +366,17 @@ def _vjp_function(op: _Op) -> type:
     returned = names.fwd + names.results + names.residuals
     pick_saved = _picker([returned.index(n) for n in names.saved])
     pick_statics = _picker([names.fwd.index(n) for n in names.statics])
-    fwd_needs = tuple(names.needs.index(n) for n in op.fwd_needs)
     # ctx.needs_input_grad counts the keyset first
     needs_at = [1 + names.fwd.index(n) for n in names.grads]
+    fwd_needs = [needs_at[names.needs.index(n)] for n in op.fwd_needs]
     bwd_at = [pool.index(n) for n in names.bwd]
     nothing, gradient_of = len(names.grads), names.gradient_of
     grads_at = [nothing] + [
         names.grads.index(gradient_of[n]) if n in gradient_of else nothing for n in names.fwd
     ]
-    pick_needs, arrange, spread = map(_picker, (needs_at, bwd_at, grads_at))
+    pick_needs, pick_fwd_needs, arrange, spread = map(
+        _picker, (needs_at, fwd_needs, bwd_at, grads_at)
+    )
     for_summands = _either_summand(names)
     takes_donations = "donated" in names.bwd
     materialize = n_results > 1 and not op.unused
@@ -382,12 +385,11 @@ def _vjp_function(op: _Op) -> type:
         @staticmethod
         def forward(ctx, keyset, *args):  # keyset None: the direct path, past the dispatcher
             if fwd_needs:
-                needs = pick_needs(ctx.needs_input_grad)
-                # An outer level may have asked already.
-                asked = args[n_inputs:]
-                args = args[:n_inputs] + tuple(
-                    needs[k] or a for k, a in zip(fwd_needs, asked, strict=True)
-                )
+                needs = pick_fwd_needs(ctx.needs_input_grad)
+                if keyset is not None:
+                    # An outer level may have asked already.
+                    needs = tuple(map(or_, needs, args[n_inputs:]))
+                args = args[:n_inputs] + needs
             out = (
                 op.fwd(*args)
                 if keyset is None
