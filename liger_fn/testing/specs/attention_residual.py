@@ -47,9 +47,12 @@ def as_models_write_it(values, query, weight=None, *, dim=0, eps=1e-6):
 def kernels() -> list[Compilation]:
     out = []
     shapes = (8, 4096), (16, 2048), (9, 7168), (24, 5120), (64, 4096), (12, 128)
+    chips = ((90, 100), 1 << 18), ((80,), 166912)
     # A query times a weight is in float32; one alone is as it was given.
-    for (L, D), passed, query in product(shapes, ("fwd", "bwd"), ("*fp32", "*bf16")):
-        config = room._attention_residual_config(L, D, 2, 1 << 18, passed == "bwd")
+    for (L, D), passed, query, (own, shared) in product(
+        shapes, ("fwd", "bwd"), ("*fp32", "*bf16"), chips
+    ):
+        config = room._attention_residual_config(L, D, 2, shared, passed == "bwd")
         wide = "" if config.pop("per_sm", None) else "_wide"
         kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
         constants = {
@@ -65,7 +68,7 @@ def kernels() -> list[Compilation]:
         )
         signature = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in runtime}
         id = f"{passed}-{L}x{D}-{query.removeprefix('*')}"
-        out.append(Compilation(id, kernel, signature, constants, warps))
+        out.append(Compilation(id, kernel, signature, constants, warps, chips=own))
     return out
 
 
