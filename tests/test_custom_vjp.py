@@ -796,7 +796,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing import assert_close
-from liger_fn.functional import cross_entropy, rms_norm
+from liger_fn.functional import cross_entropy, logprobs, rms_norm, softmax
 from liger_fn.functional.loss.cross_entropy import reference as mean_of
 from liger_fn.functional.norm.rms_norm import reference
 
@@ -834,6 +834,26 @@ for shape, dim in (((5,), 0), ((4, 6), 1), ((3, 5), 0)):
     assert dz.grad.placements == (Shard(dim),)
     assert_close(out.full_tensor(), mean_of(z, T))
     assert_close(dz.grad.full_tensor(), z.grad)
+
+# A strategy is remembered, and another call may want other gradients.
+def spread(t, placement, wanted):
+    return distribute_tensor(t, mesh, [placement]).requires_grad_(wanted)
+
+few, T = X[:, :5].contiguous(), torch.randint(0, 8, (4, 5))
+for wanted in ((True, False), (False, False), (False, True), (True, True)):
+    inputs = spread(few, Shard(0), wanted[0]), spread(W, Replicate(), wanted[1])
+    out = rms_norm(*inputs)
+    assert_close(out.full_tensor(), reference(few, W))
+    if any(wanted):
+        out.sum().backward()
+    assert tuple(t.grad is not None for t in inputs) == wanted
+for wanted in (False, True, False):
+    p = softmax(spread(few, Shard(0), wanted))
+    assert_close(p.full_tensor(), few.softmax(-1))
+    logp = logprobs(spread(few, Shard(0), wanted), distribute_tensor(T, mesh, [Shard(0)]))
+    assert_close(logp.full_tensor(), few.log_softmax(-1).gather(-1, T[..., None])[..., 0])
+    if wanted:
+        (p.sum() + logp.sum()).backward()
 
 class Norm(torch.nn.Module):
     def __init__(self):

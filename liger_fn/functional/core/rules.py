@@ -16,7 +16,7 @@ class RowWise:
 
     `rows` names them, with their gradients and cotangents; all dimensions but the last `core_dims`
     of the largest are rows. `sums` names inputs that are sums over rows in which the op is linear.
-    `made(args)` says which returns a call produces.
+    `made(args)` says which returns a call may produce.
     """
 
     op: Any
@@ -83,11 +83,35 @@ def sync_dtensor() -> None:
     """Tell DTensor, once it is imported, how the ops shard."""
     if not _unknown_to_dtensor or "torch.distributed.tensor" not in sys.modules:
         return
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
 
+    keys = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     while _unknown_to_dtensor:
         declared = _unknown_to_dtensor.pop()
         register_sharding(declared.op)(_sharding_rule(declared))
+        # A strategy is remembered by the tensors of a call and what follows the first integer. But
+        # which gradients are wanted, by which there are returns or none, may follow no integer.
+        keys[declared.op] = RuntimeSchemaInfo(_first_static(declared.op), needs_pytree=True)
+
+
+def _first_static(op: Any) -> int:
+    """Where the arguments of an op begin that are no tensors."""
+    kinds = [str(a.type) for a in op._schema.arguments]
+    return next((i for i, kind in enumerate(kinds) if "Tensor" not in kind), len(kinds))
+
+
+def _made_of_shards(d: RowWise, specs: Sequence[Any]) -> list[bool]:
+    """Ask the op on meta tensors: one that nobody will differentiate may keep nothing."""
+    on_meta = [
+        torch.empty_strided(*s.tensor_meta[:2], dtype=s.tensor_meta.dtype, device="meta")
+        if hasattr(s, "tensor_meta")
+        else s
+        for s in specs
+    ]
+    with _C._AutoDispatchBelowAutograd():
+        return [r is not None for r in as_tuple(d.op(*on_meta))]
 
 
 def _sharding_rule(d: RowWise) -> Callable:
@@ -97,7 +121,7 @@ def _sharding_rule(d: RowWise) -> Callable:
     def placed(specs, row, total) -> tuple[list, list]:
         outs = [
             (row if n in d.rows else total) if made else None
-            for n, made in zip(d.returns, d.made(specs), strict=True)
+            for n, made in zip(d.returns, _made_of_shards(d, specs), strict=True)
         ]
         ins = [
             (row if n in d.rows else total if n in d.sums else Replicate())
