@@ -29,6 +29,7 @@ from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import MOST, Bound
 from liger_fn.functional.core.kernels import columns_of, exp_of, no_blocks, times, with_block
 from liger_fn.functional.core.launch import (
+    HOPPERS_SHARED_MEMORY,
     accumulator,
     cdiv,
     dense_like,
@@ -457,7 +458,7 @@ def _backward(
         top_total = unit_stride(top_total)
         mask, (H, T), mask_strides = _rows_of_mask(mask)
         strides = x_stride_n, *mask_strides, dy_stride_n
-        hopper = shared_memory(x.device) >= 220_000
+        hopper = shared_memory(x.device) >= HOPPERS_SHARED_MEMORY
         kernel = _softmax_bwd_with(D, scale, mask is not None, causal, x.dtype, hopper)
         _launch(kernel, N, x, mask, top_total, dy, dx, *strides, H, T, D)
     return (dx,)

@@ -368,14 +368,14 @@ def _vjp_function(op: _Op) -> type:
     pick_statics = _picker([names.fwd.index(n) for n in names.statics])
     # ctx.needs_input_grad counts the keyset first
     needs_at = [1 + names.fwd.index(n) for n in names.grads]
-    fwd_needs = [needs_at[names.needs.index(n)] for n in op.fwd_needs]
+    fwd_needs_at = [needs_at[names.needs.index(n)] for n in op.fwd_needs]
     bwd_at = [pool.index(n) for n in names.bwd]
     nothing, gradient_of = len(names.grads), names.gradient_of
     grads_at = [nothing] + [
         names.grads.index(gradient_of[n]) if n in gradient_of else nothing for n in names.fwd
     ]
     pick_needs, pick_fwd_needs, arrange, spread = map(
-        _picker, (needs_at, fwd_needs, bwd_at, grads_at)
+        _picker, (needs_at, fwd_needs_at, bwd_at, grads_at)
     )
     for_summands = _either_summand(names)
     takes_donations = "donated" in names.bwd
@@ -384,10 +384,10 @@ def _vjp_function(op: _Op) -> type:
     class Vjp(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, *args):  # keyset None: the direct path, past the dispatcher
-            if fwd_needs:
+            if fwd_needs_at:
                 needs = pick_fwd_needs(ctx.needs_input_grad)
                 if keyset is not None:
-                    # An outer level may have asked already.
+                    # An outer level may have asked already; the direct path asks for nothing.
                     needs = tuple(map(or_, needs, args[n_inputs:]))
                 args = args[:n_inputs] + needs
             out = (

@@ -34,6 +34,10 @@ _TRITON_DTYPES: dict[torch.dtype, Any] = {
 }
 
 
+# Bytes that a program may have on Hopper and later chips, and on none before.
+HOPPERS_SHARED_MEMORY = 220_000
+
+
 def interpreted() -> bool:
     """Say whether Triton was imported in interpreter mode."""
     return not TRITON_MISSING and bool(triton.knobs.runtime.interpret)
@@ -90,7 +94,10 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
 
 
 def in_vectors(*tensors: Tensor) -> bool:
-    """Say whether rows (..., D) of all of these lie in whole vectors, as far as Triton can tell."""
+    """Say whether rows (..., D) of all of these, with unit stride along D, lie in whole vectors.
+
+    Triton loads none but such rows in vectors. Ask of tensors with memory: see has_work.
+    """
     return all(
         x.data_ptr() % 16 == 0 and not any(n % 16 for n in (x.shape[-1], *x.stride()[:-1]))
         for x in tensors

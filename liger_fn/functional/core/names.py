@@ -6,9 +6,9 @@
 What `bwd` names is what the op keeps: inputs, results and residuals by their own names, `d<result>`
 for a cotangent, `need_d<input>` for the question whether that gradient is wanted, `donated` for the
 question whether the residuals are its own to write on, as nobody will read them again. `fwd` may
-ask for `need_d<input>` too, last, if it computes gradients ahead. Everything follows from these
-names: what is saved for the backward pass, the schemas of the two dispatcher ops, the order of
-every argument.
+ask for `need_d<input>` too, last, if it computes gradients ahead or keeps what only they need: it
+then returns None for a residual. Everything follows from these names: what is saved for the
+backward pass, the schemas of the two dispatcher ops, the order of every argument.
 """
 
 import inspect

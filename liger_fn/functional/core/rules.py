@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _C = torch._C
 
@@ -16,7 +18,7 @@ class RowWise:
 
     `rows` names them, with their gradients and cotangents; all dimensions but the last `core_dims`
     of the largest are rows. `sums` names inputs that are sums over rows in which the op is linear.
-    `made(args)` says which returns a call may produce.
+    `made(args)` says which returns a call under vmap may produce.
     """
 
     op: Any
@@ -93,24 +95,30 @@ def sync_dtensor() -> None:
         register_sharding(declared.op)(_sharding_rule(declared))
         # A strategy is remembered by the tensors of a call and what follows the first integer. But
         # which gradients are wanted, by which there are returns or none, may follow no integer.
-        keys[declared.op] = RuntimeSchemaInfo(_first_static(declared.op), needs_pytree=True)
+        # Floats decide nothing, and an annealed one is another in every call.
+        keys[declared.op] = RuntimeSchemaInfo(_first_flag(declared.op), needs_pytree=True)
 
 
-def _first_static(op: Any) -> int:
-    """Where the arguments of an op begin that are no tensors."""
+def _first_flag(op: Any) -> int:
+    """Where the arguments of an op begin that are neither tensors nor floats."""
     kinds = [str(a.type) for a in op._schema.arguments]
-    return next((i for i, kind in enumerate(kinds) if "Tensor" not in kind), len(kinds))
+    flags = (i for i, k in enumerate(kinds) if "Tensor" not in k and "float" not in k)
+    return next(flags, len(kinds))
 
 
-def _made_of_shards(d: RowWise, specs: Sequence[Any]) -> list[bool]:
-    """Ask the op on meta tensors: one that nobody will differentiate may keep nothing."""
-    on_meta = [
-        torch.empty_strided(*s.tensor_meta[:2], dtype=s.tensor_meta.dtype, device="meta")
-        if hasattr(s, "tensor_meta")
-        else s
-        for s in specs
-    ]
-    with _C._AutoDispatchBelowAutograd():
+def _made_on_meta(d: RowWise, specs: Sequence[Any]) -> list[bool]:
+    """Ask the shapes which returns a call makes, for DTensor wants a placement of these alone.
+
+    A call that nobody will differentiate may keep nothing. A mode that watches calls is not to see
+    this one; of symbolic sizes only the mode that made them knows.
+    """
+    metas = [getattr(s, "tensor_meta", None) for s in specs]
+    known = all(type(n) is int for m in metas if m for n in (*m.shape, *m.stride))
+    with _disable_current_modes() if known else nullcontext(), _C._AutoDispatchBelowAutograd():
+        on_meta = (
+            torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") if m else s
+            for m, s in zip(metas, specs, strict=True)
+        )
         return [r is not None for r in as_tuple(d.op(*on_meta))]
 
 
@@ -118,10 +126,10 @@ def _sharding_rule(d: RowWise) -> Callable:
     """Rows shard together; other inputs replicate; other outputs are partial sums."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    def placed(specs, row, total) -> tuple[list, list]:
+    def placed(specs, made, row, total) -> tuple[list, list]:
         outs = [
-            (row if n in d.rows else total) if made else None
-            for n, made in zip(d.returns, _made_of_shards(d, specs), strict=True)
+            (row if n in d.rows else total) if is_made else None
+            for n, is_made in zip(d.returns, made, strict=True)
         ]
         ins = [
             (row if n in d.rows else total if n in d.sums else Replicate())
@@ -138,8 +146,9 @@ def _sharding_rule(d: RowWise) -> Callable:
             if n in d.rows and hasattr(s, "ndim")
         ]
         shards = max(row_dims, default=d.core_dims) - d.core_dims
-        return [placed(specs, Replicate(), Replicate())] + [
-            placed(specs, Shard(i), Partial()) for i in range(shards)
+        made = _made_on_meta(d, specs)
+        return [placed(specs, made, Replicate(), Replicate())] + [
+            placed(specs, made, Shard(i), Partial()) for i in range(shards)
         ]
 
     return strategies

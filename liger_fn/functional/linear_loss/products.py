@@ -23,6 +23,7 @@ from torch import Tensor
 from liger_fn.functional.core.backend import interpreting
 from liger_fn.functional.core.direct import by_triton, launch
 from liger_fn.functional.core.launch import (
+    HOPPERS_SHARED_MEMORY,
     TensorDescriptor,
     cdiv,
     next_power_of_2,
@@ -352,7 +353,8 @@ def _add_rounding_once(g: Tensor, x: Tensor, dweight: Tensor) -> None:
     """
     x = unit_stride(x)
     # The interpreter would cut bfloat16 off.
-    if not interpreting() and shared_memory(g.device) >= 220_000 and copies_tiles(g, x, dweight):
+    hopper = shared_memory(g.device) >= HOPPERS_SHARED_MEMORY
+    if not interpreting() and hopper and copies_tiles(g, x, dweight):
         _product_of_tiles(g, x, None, 0, dweight, add=True)
     else:
         _add_by_parts(g, x, dweight)

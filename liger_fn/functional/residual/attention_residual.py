@@ -27,6 +27,7 @@ from liger_fn.functional.core.custom_vjp import custom_vjp
 from liger_fn.functional.core.direct import launch
 from liger_fn.functional.core.kernels import times
 from liger_fn.functional.core.launch import (
+    HOPPERS_SHARED_MEMORY,
     accumulator,
     as_rows,
     cdiv,
@@ -155,7 +156,7 @@ def _attention_residual_fwd_wide_kernel(
     for start in range(0, D, BLOCK_D):
         query = load_features(query_ptr, start, D, COMPUTE, BLOCK_D)
         v = load_block(v_ptr, depth, values_stride_l, in_l, start, D, COMPUTE, BLOCK_D)
-        # Of more depths LLVM aborts where it may fuse both sums (triton 3.6, queries of 2 bytes).
+        # Of more than 16 LLVM aborts where it may fuse both sums (triton 3.6, 2-byte queries).
         squares += _in_threads(times(v, v, up_to if BLOCK_L <= 16 else None), GROUP)
         dots += _in_threads(times(v, query, up_to), GROUP)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + EPS)
@@ -286,9 +287,9 @@ def _attention_residual_config(
     dout, the query and dquery are held as well. While they are at work the values of the next step
     or two are on their way into shared memory, as far as a program has room for them. Of larger
     tokens, which have no `per_sm`, 32 KiB: as many numbers a thread, whose loads all wait at once,
-    and all depths of a column in one thread; backward, of many depths, half as many on chips before
-    Hopper, and on any of more than 16: both passes of 9x4096x7168 take 0.81 ms with four warps on
-    an H200, and 1.23 with eight.
+    and all depths of a column in one thread. Of more than 16 blocks half as many numbers a thread,
+    and so backward of more than eight on chips before Hopper, which would spill. On an H200 both
+    passes of 9x4096x7168 take 0.81 ms so, and with half as many backward 1.23.
     """
     block_l, block_d = next_power_of_2(L), next_power_of_2(D)
     words = (block_l + 3) * block_d * max(1, itemsize // 4)
@@ -299,8 +300,8 @@ def _attention_residual_config(
     if (backward and large and block_l > 8) or words > 45056 or token > 65536 or step > room:
         block_d = min(block_d, max(16, 32768 // (itemsize * max(8, block_l))))
         tile = {"BLOCK_L": block_l, "BLOCK_D": block_d, "GROUP": min(block_d, 16 // itemsize)}
-        crowded = backward and block_l > 8 and shared < 220_000
-        return tile | {"num_warps": 8 if crowded or block_l > 16 else 4}
+        spills = backward and block_l > 8 and shared < HOPPERS_SHARED_MEMORY
+        return tile | {"num_warps": 8 if spills or block_l > 16 else 4}
     most = 11264 if backward else 22528
     block_n = 1 if large else min(16, 1 << (max(1, most // words).bit_length() - 1))
     return {

@@ -49,15 +49,17 @@ def kernels() -> list[Compilation]:
     shapes = (8, 4096), (16, 2048), (9, 7168), (24, 5120), (64, 4096), (12, 128)
     chips = ((90, 100), 1 << 18), ((80,), 166912)
     # A query times a weight is in float32; one alone is as it was given.
-    for (L, D), passed, query, (own, shared) in product(
-        shapes, ("fwd", "bwd"), ("*fp32", "*bf16"), chips
+    for (L, D), passed, query, (own, shared), in_vectors in product(
+        shapes, ("fwd", "bwd"), ("*fp32", "*bf16"), chips, (True, False)
     ):
+        if not in_vectors and (query == "*fp32" or 90 not in own):
+            continue
         config = room._attention_residual_config(L, D, 2, shared, passed == "bwd")
         wide = "" if config.pop("per_sm", None) else "_wide"
         kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
         constants = {
             "COMPUTE": tl.float32,
-            "IN_VECTORS": True,
+            "IN_VECTORS": in_vectors,
             **({"EPS": 1e-6} if passed == "fwd" else {}),
             **config,
         }
@@ -67,7 +69,7 @@ def kernels() -> list[Compilation]:
             ("score_ptr", "rstd_ptr", "dquery_part_ptr"), "*fp32"
         )
         signature = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in runtime}
-        id = f"{passed}-{L}x{D}-{query.removeprefix('*')}"
+        id = f"{passed}-{L}x{D}-{query.removeprefix('*')}{'' if in_vectors else '-apart'}"
         out.append(Compilation(id, kernel, signature, constants, warps, chips=own))
     return out
 

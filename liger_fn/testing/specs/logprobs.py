@@ -115,6 +115,7 @@ def kernels() -> list[Compilation]:
     return [
         *(compilation_fwd(str(V), V) for V in (1000, 32000, 128256)),
         compilation_fwd("entropy", 128256, ENTROPY=True),
+        compilation_fwd("entropy-apart", 128256, ENTROPY=True, IN_VECTORS=False),
         compilation_fwd("top1", 128256, TOP1=True),
         compilation_fwd("everything", 128256, **EVERYTHING_FWD),
         compilation_fwd("everything-float32", 128256, "*fp32", **EVERYTHING_FWD),
