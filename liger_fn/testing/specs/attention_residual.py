@@ -47,13 +47,13 @@ def as_models_write_it(values, query, weight=None, *, dim=0, eps=1e-6):
 def kernels() -> list[Compilation]:
     out = []
     shapes = (8, 4096), (16, 2048), (9, 7168), (24, 5120), (64, 4096), (12, 128)
-    chips = ((90, 100), 1 << 18), ((80,), 166912)
+    hopper, ampere = ((90, 100), 1 << 18), ((80,), 166912)
     # A query times a weight is in float32; one alone is as it was given.
-    for (L, D), passed, query, (own, shared), in_vectors in product(
-        shapes, ("fwd", "bwd"), ("*fp32", "*bf16"), chips, (True, False)
+    variants = [(q, chips, True) for q in ("*fp32", "*bf16") for chips in (hopper, ampere)]
+    variants.append(("*bf16", hopper, False))
+    for (L, D), passed, (query, (own, shared), in_vectors) in product(
+        shapes, ("fwd", "bwd"), variants
     ):
-        if not in_vectors and (query == "*fp32" or 90 not in own):
-            continue
         config = room._attention_residual_config(L, D, 2, shared, passed == "bwd")
         wide = "" if config.pop("per_sm", None) else "_wide"
         kernel = getattr(room, f"_attention_residual_{passed}{wide}_kernel")
