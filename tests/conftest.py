@@ -28,7 +28,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from liger_fn.testing import interpreter
+
 torch.set_num_threads(1)
+interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    _hasten()
 
     print(_machine(device))
     outcomes = list(_run(trials, device))
@@ -71,6 +72,12 @@ def _chosen(options: argparse.Namespace) -> list:
             if name not in allowed:
                 raise ValueError(f"verify: {name!r} must be one of {', '.join(allowed)}.")
     return list(trials([known[n] for n in options.ops or known], options.property))
+
+
+def _hasten() -> None:
+    from liger_fn.testing import interpreter
+
+    interpreter.hasten()
 
 
 def _machine(device: torch.device) -> str:
