@@ -25,14 +25,34 @@ from liger_fn.functional import neighborhood_attention
 from liger_fn.functional.activation import softmax as softmax_file
 from liger_fn.testing.spec import Benchmark, Launch, around
 from liger_fn.testing.specs import specs
+from liger_fn.testing.specs.fused_linear_divergence import heads
 
 SPECS = {spec.name: spec for spec in specs()}
 CPU = torch.device("cpu")
 
 
+def linear(draw, **more):
+    """A head and its input."""
+    return {"weight": draw.normal(128, 32, scale=0.2), "x": draw.normal(16, 32), **more}
+
+
+# In place of tiny calls that take a GPU microseconds, and the interpreter seconds.
+SMALLER = {
+    "fused_linear_cross_entropy": lambda d: linear(d, y=d.integers(128, 16)),
+    "fused_linear_logprobs": lambda d: linear(d, y=d.integers(128, 16)),
+    "fused_linear_selected_logprobs": lambda d: linear(d, indices=d.integers(128, 16, 4)),
+    "fused_linear_cosine": lambda d: heads(d, 16, 32, 64, 128),
+    "fused_linear_jsd": lambda d: heads(d, 16, 32, 64, 128),
+    "fused_linear_kl_div": lambda d: heads(d, 16, 32, 64, 128),
+    "fused_linear_tvd": lambda d: heads(d, 16, 32, 64, 128, apart=True),
+}
+
+
 def small(name: str):
-    """The spec with its tiny call as its only shape."""
-    return dataclasses.replace(SPECS[name], benchmarks=(tiny(SPECS[name]),))
+    """The spec with its tiny call, or a smaller one, as its only shape."""
+    call = tiny(SPECS[name])
+    call = dataclasses.replace(call, make=SMALLER.get(name, call.make))
+    return dataclasses.replace(SPECS[name], benchmarks=(call,))
 
 
 class WrongGradient(Provider):
@@ -151,7 +171,9 @@ def bench(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_mode_of_every_op(bench, name):
+def test_every_mode_of_every_op(bench, name, monkeypatch):
+    # Nobody reads these times.
+    monkeypatch.setattr(timing, "WARM_UP", 0)
     rows = bench(
         [name], "--mode", "fwd,bwd,full,host,memory", "--providers", "eager,torch,liger_fn"
     )
@@ -556,8 +578,9 @@ def swept(*launches: Launch):
 
 @pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.launches], ids=lambda s: s.name)
 def test_every_launch_that_a_spec_names_is_asked_and_can_be_replaced(spec, device):
-    # The tiny call's memory is read and written, so that a candidate out of bounds would show.
-    inputs = draw_inputs(spec, tiny(spec), DeviceDraw(device, torch.float32))
+    # The call's memory is read and written, so that a candidate out of bounds would show.
+    (call,) = small(spec.name).benchmarks
+    inputs = draw_inputs(spec, call, DeviceDraw(device, torch.float32))
     for launch in spec.launches:
         with sweep.recorded(launch) as seen:
             want = answers.answer(inputs, spec.op)
@@ -675,11 +698,11 @@ assert ahead.compile_case("softmax", "32768x256", 0, "bfloat16") == 0
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # Forward and backward as they are, and the candidates.
+    # Forward and backward as they are, and the candidates; forward with gradients and without.
     spec = SPECS["softmax"]
     today = softmax_file._softmax_fwd_config(256, True)
     candidates = sweep.configurations([today], spec.launches[0])
-    assert len(list(tmp_path.rglob("_softmax_fwd_kernel.cubin"))) == len(candidates)
+    assert len(list(tmp_path.rglob("_softmax_fwd_kernel.cubin"))) == 2 * len(candidates)
     assert len(list(tmp_path.rglob("_softmax_bwd_kernel.cubin"))) == 1
 
 

@@ -28,10 +28,13 @@ def kernel(a_ptr, b_ptr, sum_ptr, UP_TO: tl.constexpr, D: tl.constexpr):
     tl.store(sum_ptr + row, tl.sum(times(a, b, UP_TO), axis=1))
 
 pointers = dict.fromkeys(("a_ptr", "b_ptr", "sum_ptr"), "*fp32")
-constants = {"UP_TO": eval(sys.argv[1]), "D": int(sys.argv[2])}
-source = ASTSource(kernel, pointers | dict.fromkeys(constants, "constexpr"), constants, {})
-options = OPTIONS | {"num_warps": max(1, constants["D"] // 32)}
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+D = int(sys.argv[1])
+for up_to in (D - 1, D, None):
+    constants = {"UP_TO": up_to, "D": D}
+    source = ASTSource(kernel, pointers | dict.fromkeys(constants, "constexpr"), constants, {})
+    options = OPTIONS | {"num_warps": max(1, D // 32)}
+    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    print("//// next")
 """
 
 
@@ -43,14 +46,16 @@ def test_no_lane_fuses_its_product_with_that_of_another(D, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
 
-    def fused(up_to: int | None) -> list[str]:
-        command = [sys.executable, str(script), str(up_to), str(D)]
-        run = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
-        ptx = subprocess.run(command, **run, check=True).stdout
+    command = [sys.executable, str(script), str(D)]
+    run = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    printed = subprocess.run(command, **run, check=True).stdout
+
+    def fused(ptx: str) -> list[str]:
         from_other_lanes = re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx)
         assert from_other_lanes
         return [r for r in from_other_lanes if re.search(rf"fma\.rn\.f32.*, {r};", ptx)]
 
-    assert fused(D - 1)
-    assert not fused(D)
-    assert not fused(None)
+    narrower, as_wide, any_width = printed.split("//// next\n")[:-1]
+    assert fused(narrower)
+    assert not fused(as_wide)
+    assert not fused(any_width)

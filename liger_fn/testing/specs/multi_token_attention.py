@@ -184,9 +184,9 @@ SPEC = OpSpec(
     # PyTorch 2.11 can do that of no convolution.
     symbolic=torch.__version__ >= (2, 12),
     cases=(
-        case(2, padding=1, id="softmax"),
+        case(2, T=3, out=1, padding=1, id="softmax"),
         case(2, T=4, padding="causal", sparse=True, id="sparse-causal"),
-        case(1, H=4, out=8, groups=2, window=(2, 3), padding="causal", dilation=2, id="groups"),
+        case(1, out=4, groups=2, window=(2, 3), padding="causal", dilation=2, id="groups"),
         # PyTorch's convolution: of other strides, and of more heads than four.
         case(2, T=7, padding=1, stride=2, bias=False, id="stride"),
         case(1, H=5, T=4, out=1, padding=1, id="heads"),
@@ -197,6 +197,7 @@ SPEC = OpSpec(
     sizes=(
         case(0, padding=1, id="empty"),
         case(1, H=1, out=1, T=1, window=(1, 1), id="one"),
+        case(1, H=4, out=8, groups=2, window=(2, 3), padding="causal", dilation=2, id="mixed"),
         case(1, T=64, window=(6, 11), groups=2, padding="causal", id="paper"),
         case(1, T=37, window=(4, 3), padding=(15, 10), dilation=(10, 10), id="far"),
         case(1, H=1, out=1, T=16, window=(1, 1), padding=8, id="padded"),
