@@ -12,7 +12,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: lint  ## check style and types, then run the tests (CPU: through Triton's interpreter)
-	$(RUN) -m pytest -n logical
+	$(RUN) -m pytest -n logical --durations=15
 
 lint: venv  ## check style and the types of the public surface
 	$(RUN) -m ruff check

@@ -185,7 +185,7 @@ SPEC = OpSpec(
     symbolic=torch.__version__ >= (2, 12),
     cases=(
         case(2, T=3, out=1, padding=1, id="softmax"),
-        case(2, T=4, padding="causal", sparse=True, id="sparse-causal"),
+        case(2, H=1, T=4, padding="causal", sparse=True, id="sparse-causal"),
         case(1, out=4, groups=2, window=(2, 3), padding="causal", dilation=2, id="groups"),
         # PyTorch's convolution: of other strides, and of more heads than four.
         case(2, T=7, padding=1, stride=2, bias=False, id="stride"),
