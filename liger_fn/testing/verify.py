@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    _hasten()
 
     print(_machine(device))
     outcomes = list(_run(trials, device))
@@ -74,12 +73,6 @@ def _chosen(options: argparse.Namespace) -> list:
     return list(trials([known[n] for n in options.ops or known], options.property))
 
 
-def _hasten() -> None:
-    from liger_fn.testing import interpreter
-
-    interpreter.hasten()
-
-
 def _machine(device: torch.device) -> str:
     from liger_fn.functional.core.backend import why
 
@@ -91,6 +84,9 @@ def _machine(device: torch.device) -> str:
 def _run(trials: Sequence[Any], device: torch.device) -> Iterator[Outcome]:
     from tqdm import tqdm
 
+    from liger_fn.testing import interpreter
+
+    interpreter.hasten()
     with warnings.catch_warnings(), tqdm(trials, unit="trial", leave=False) as bar:
         warnings.simplefilter("ignore")
         for trial in bar:
