@@ -231,7 +231,9 @@ def test_the_table_is_cut_into_blocks_that_fit():
     assert max(len(line) for block in blocks for line in block.splitlines()) <= 40
 
 
-def compilation(*arguments: str, seconds: int, interpret: bool = False):
+def compilation(
+    *arguments: str, seconds: int, interpret: bool = False
+) -> subprocess.CompletedProcess:
     """Run the command; at the end of its time its processes end too, which else would hold a pipe.
 
     What is waited for then never comes.
@@ -242,32 +244,32 @@ def compilation(*arguments: str, seconds: int, interpret: bool = False):
         cwd=ROOT,
         env=outside | ({"TRITON_INTERPRET": "1"} if interpret else {}),
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        printed, _ = process.communicate(timeout=seconds)
+        printed = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    return process.returncode, printed
+    return subprocess.CompletedProcess(process.args, process.returncode, *printed)
 
 
 def test_every_kernel_compiles_for_every_chip():
-    code, printed = compilation(seconds=1800)
-    assert code == 0, printed[-3000:]
+    done = compilation(seconds=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_a_kernel_compiles_within_its_limit_of_registers():
     """Without one that of a wide softmax takes more than fifty."""
-    code, printed = compilation("softmax", "--chips", "90", seconds=300)
-    assert code == 0, printed[-3000:]
-    (line,) = (line.split() for line in printed.splitlines() if " fwd-32768 " in line)
+    done = compilation("softmax", "--chips", "90", seconds=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (line,) = (line.split() for line in done.stdout.splitlines() if " fwd-32768 " in line)
     assert int(line[3]) <= 40, line
 
 
 def test_compilation_refuses_the_interpreter():
-    code, printed = compilation(seconds=120, interpret=True)
-    assert code == 2
-    assert "TRITON_INTERPRET must be unset" in printed
+    done = compilation(seconds=120, interpret=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET must be unset" in done.stderr

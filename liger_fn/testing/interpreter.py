@@ -2,23 +2,25 @@
 
 import contextlib
 import dataclasses
+import functools
 
 from liger_fn.functional.core.launch import interpreted
 
 
+@functools.cache
 def hasten() -> None:
-    """Let kernels that are interpreted give the same bits sooner, in this process.
+    """Let kernels that are interpreted give the same bits sooner, in this process from now on.
 
     A launch replaces what is built in of `triton.language`, and puts it back at its end. So does
     each call of a device function inside of it, member by member, and finds nothing left to do.
     And of each sum and product of integers the interpreter works out whether it overflows, but
     tells only those who debug.
     """
-    # A later Triton may have no such parts.
-    with contextlib.suppress(AttributeError, ImportError, TypeError):
-        if interpreted():
-            _replace_builtins_once_a_launch()
-            _leave_overflows_alone()
+    parts = (_replace_builtins_once_a_launch, _leave_overflows_alone) if interpreted() else ()
+    for spare in parts:
+        # A later Triton may have no such part.
+        with contextlib.suppress(AttributeError, ImportError, TypeError):
+            spare()
 
 
 def _replace_builtins_once_a_launch() -> None:
